@@ -1,0 +1,171 @@
+"""The run directory: raw records first, everything else recomputes from them.
+
+    runs/<time>_<name>/
+        manifest.json        spec as resolved, its hash, seed, versions, commit, hardware, prices (written before the first request)
+        events/*.jsonl       stage and run events of each driver process, one JSON object a line
+        requests/*.arrow     a row per request, Arrow IPC stream, one file per driver process
+        driver/*.arrow       once a second: the driver's own health
+        server/*.arrow       scraped samples of the servers' counters
+        energy/*.arrow       cumulative joules of each meter
+        summary.json, report.html
+
+Every process writes files of its own and flushes at least once a second, so a process killed at any moment loses at most that
+second; readers take every whole batch and ignore a torn tail. Times are `time.perf_counter_ns()` (CLOCK_MONOTONIC, one clock per
+host); each file's schema metadata carries one anchor to the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+OUTCOMES = (
+    "ok", "refused", "timeout_connect", "timeout_first_token", "timeout_stall", "http_429", "http_4xx", "http_5xx",
+    "truncated", "bad_stream", "cancelled",
+)  # fmt: skip
+
+REQUESTS = pa.schema([
+    ("stage", pa.int16()),            # index in the spec
+    ("worker", pa.int16()),           # driver process
+    ("copy", pa.int32()),             # stream slot, 0..copies-1 over all workers
+    ("sequence", pa.int32()),         # n-th request of that copy in the stage, from 0
+    ("scheduled_ns", pa.int64()),     # closed loop: when the copy wanted to send
+    ("sent_ns", pa.int64()),          # first byte of the request handed to the kernel; null: never sent
+    ("first_token_ns", pa.int64()),   # first chunk with text; null: none came
+    ("last_token_ns", pa.int64()),
+    ("finished_ns", pa.int64()),      # stream ended, or failed
+    ("prompt_tokens", pa.int32()),    # from usage; null without it
+    ("output_tokens", pa.int32()),    # from usage; null without it
+    ("output_words", pa.int32()),     # words of the decoded text
+    ("chunks", pa.int32()),           # chunks that carried text
+    ("gaps_us", pa.list_(pa.uint32())),  # gaps between those chunks, microseconds: chunks - 1 of them
+    ("outcome", pa.string()),         # one of OUTCOMES
+    ("status", pa.int16()),           # HTTP status; null: none came
+    ("finish_reason", pa.string()),
+    ("replica", pa.string()),         # where the answer came from, if known
+    ("error", pa.string()),           # a sentence, without secrets; null for ok
+])  # fmt: skip
+
+DRIVER = pa.schema([
+    ("time_ns", pa.int64()),
+    ("stage", pa.int16()),            # -1 between stages
+    ("in_flight", pa.int32()),        # copies with a request open
+    ("sent", pa.int64()),             # requests, cumulative over the run
+    ("finished", pa.int64()),
+    ("chunks", pa.int64()),           # cumulative
+    ("cpu_s", pa.float64()),          # process CPU, cumulative
+    ("rss_bytes", pa.int64()),
+    ("loop_lag_us", pa.list_(pa.uint32())),  # how late the event loop woke, each probe of this second
+])  # fmt: skip
+
+SERVER = pa.schema([
+    ("time_ns", pa.int64()),          # when the scrape's answer was complete
+    ("target", pa.string()),          # host:port
+    ("name", pa.string()),            # one name for both exporters, e.g. generation_tokens_total (kilocopy/metrics.py)
+    ("labels", pa.string()),          # JSON object, sorted keys
+    ("value", pa.float64()),
+])  # fmt: skip
+
+ENERGY = pa.schema([
+    ("time_ns", pa.int64()),
+    ("device", pa.string()),          # GPU UUID or rapl:<zone>
+    ("boundary", pa.string()),        # gpu | host
+    ("energy_j", pa.float64()),       # the meter's cumulative counter; only differences mean anything
+])  # fmt: skip
+
+SCHEMAS = {"requests": REQUESTS, "driver": DRIVER, "server": SERVER, "energy": ENERGY}
+
+
+class Writer:
+    """Appends rows to one Arrow IPC stream file; `flush` makes a batch of what came since and hands it to the kernel."""
+
+    def __init__(self, run_dir: Path, kind: str, process: str, metadata: Mapping[str, str] | None = None) -> None:
+        anchor = {"wall_ns": str(time.time_ns()), "perf_ns": str(time.perf_counter_ns()), "host": socket.gethostname(), "process": process}
+        self.schema = SCHEMAS[kind].with_metadata(anchor | dict(metadata or {}))
+        path = run_dir / kind / f"{process}.arrow"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("xb", buffering=0)
+        self._stream = pa.ipc.new_stream(self._file, self.schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        self._rows: list[dict[str, Any]] = []
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep one row for the next flush; keys are the schema's field names, missing ones are null."""
+        self._rows.append(row)
+
+    def flush(self) -> None:
+        """Write the rows that came since the last flush as one batch. Raises OSError when the disk is full."""
+        if self._rows:
+            rows, self._rows = self._rows, []
+            self._stream.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.schema))
+
+    def close(self) -> None:
+        """Flush, end the stream, close the file."""
+        self.flush()
+        self._stream.close()
+        self._file.close()
+
+
+class Events:
+    """Appends one JSON object a line to events/<process>.jsonl, at once.
+
+    Events of the driver: `run_start`; `stage_start` {stage}; `stage_stop_asking` {stage}: from here on no copy sends again;
+    `stage_drained` {stage}: the last stream ended; `stage_settled` {stage}: idle long enough for the servers' counters to be
+    scraped; `run_end` {reason: complete | interrupted}. Every line has `event`, `time_ns`, `wall_ns`, `process`.
+    """
+
+    def __init__(self, run_dir: Path, process: str) -> None:
+        path = run_dir / "events" / f"{process}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._process, self._file = process, path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event, stamped now."""
+        line = {"event": event, "time_ns": time.perf_counter_ns(), "wall_ns": time.time_ns(), "process": self._process, **fields}
+        self._file.write(json.dumps(line) + "\n")
+
+
+def batches(run_dir: Path, kind: str) -> Iterator[pa.RecordBatch]:
+    """Every whole batch of every file of a kind, in the order of file names; a torn tail (a killed writer) ends its file."""
+    for path in sorted((run_dir / kind).glob("*.arrow")):
+        with path.open("rb") as file:
+            try:
+                stream = pa.ipc.open_stream(file)
+                yield from stream
+            except (pa.ArrowInvalid, EOFError, OSError):
+                continue
+
+
+def read(run_dir: Path, kind: str) -> pa.Table:
+    """All rows of a kind as one table; empty with the right columns when nothing was recorded."""
+    schema: pa.Schema = SCHEMAS[kind]
+    return pa.Table.from_batches([batch.replace_schema_metadata() for batch in batches(run_dir, kind)], schema)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events in order of time; a torn last line is ignored."""
+    events = []
+    for path in sorted((run_dir / "events").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return sorted(events, key=lambda event: event["time_ns"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step, so that a reader never sees half of it: sorted keys, two spaces, a newline at the end."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def rows(table: pa.Table, columns: Sequence[str]) -> dict[str, Any]:
+    """Columns of a table as numpy arrays (nulls become NaN)."""
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in columns}

@@ -1,0 +1,294 @@
+"""One YAML file says everything about a run: the model, the cluster, the workload, the stages, the SLO, the page and the prices.
+
+The models are frozen and strict: an unknown key is an error, nothing is patched after parsing, kinds are tagged unions so that
+a field that does not apply cannot exist, and no price has a default. `load` answers a mistake with file, line, key and remedy.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from kilocopy.problem import ProblemError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A frozen part of the spec in which unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class Quoted(Strict):
+    """A number that somebody stated: its value, where it is from and when. `low` and `high` band what is assumed."""
+
+    value: NonNegative
+    source: str = Field(min_length=3, description="Where the number is from; say 'assumed: ...' where it is a guess.")
+    date: dt.date
+    low: NonNegative | None = None
+    high: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Quoted:
+        if (self.low is not None and self.low > self.value) or (self.high is not None and self.high < self.value):
+            raise ValueError("low <= value <= high does not hold")
+        return self
+
+
+class MeasuredTraining(Strict):
+    """kilocopy trained the model: `training.json` beside the weights says what it cost, on the machine that it names."""
+
+    kind: Literal["measured"]
+
+
+class PublishedTraining(Strict):
+    """Training cost from a model card or a paper. What is not published is left out, and its ratio is not printed."""
+
+    kind: Literal["published"]
+    source: str = Field(min_length=3)
+    date: dt.date
+    flops: Positive | None = Field(None, description="Total training FLOPs.")
+    gpu_hours: Positive | None = None
+    gpu_type: str | None = None
+    gpus: Count | None = Field(None, description="GPUs that trained it at once; N_cluster needs it.")
+    energy_j: Positive | None = None
+    usd: Quoted | None = Field(None, description="Training cost in $; without it, gpu_hours x usd_per_gpu_hour.")
+    usd_per_gpu_hour: Quoted | None = None
+    tokens: Positive | None = Field(None, description="Training tokens.")
+
+
+class Model(Strict):
+    """The trained model: what is served, under which name, and what its training cost."""
+
+    id: str = Field(min_length=1, description="The name under which it is served.")
+    source: str = Field(min_length=1, description="Hugging Face id, directory, s3:// or gs:// URI. A path is relative to the current directory.")
+    parameters_active: Positive = Field(description="Parameters that work on one token (N_active in 2 x N_active FLOPs/token).")
+    training: Annotated[MeasuredTraining | PublishedTraining, Field(discriminator="kind")] | None = None
+
+
+class CpuReplica(Strict):
+    """A replica on CPU cores: vLLM's CPU build."""
+
+    kind: Literal["cpu"]
+    cpus_per_replica: Positive = 1
+    kv_cache_gib: Count = Field(1, description="KV cache of one replica, GiB of host memory.")
+
+
+class GpuReplica(Strict):
+    """A replica on a fraction of a GPU, one GPU, or several (tensor x pipeline parallel)."""
+
+    kind: Literal["gpu"]
+    type: str | None = Field(None, description="Ray's accelerator type, e.g. H100; none takes any GPU.")
+    gpus_per_replica: Positive = Field(1, description="A fraction below 1 shares a GPU; else tensor_parallel x pipeline_parallel.")
+
+
+class Cluster(Strict):
+    """Where the replicas run and how requests reach them."""
+
+    address: str = Field("local", description="'local' starts a Ray of its own on loopback; else the address of a running Ray.")
+    replicas: Count
+    hardware: Annotated[CpuReplica | GpuReplica, Field(discriminator="kind")]
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    routing: Literal["direct", "proxy"] = Field("direct", description="direct: HAProxy to the replica's own server; proxy: Serve's Python proxy, for comparison.")
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    engine: dict[str, Any] = Field(default_factory=dict, description="Engine arguments passed to vLLM as they are.")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas; no secrets: they are written to the manifest.")
+    start_timeout_s: Positive = 1800
+
+    @property
+    def devices(self) -> float:
+        """GPUs that all replicas hold together; on CPUs the host counts as one device."""
+        if isinstance(self.hardware, CpuReplica):
+            return 1.0
+        return self.replicas * self.hardware.gpus_per_replica
+
+    @model_validator(mode="after")
+    def _whole(self) -> Cluster:
+        workers = self.tensor_parallel * self.pipeline_parallel
+        if isinstance(self.hardware, GpuReplica):
+            gpus = self.hardware.gpus_per_replica
+            if gpus < 1 and workers > 1:
+                raise ValueError(f"a fraction of a GPU ({gpus}) cannot hold {workers} parallel workers: use gpus_per_replica: {workers}")
+            if gpus >= 1 and gpus != workers:
+                raise ValueError(f"gpus_per_replica is {gpus:g} but tensor_parallel x pipeline_parallel is {workers}: make them equal")
+        return self
+
+
+class SyntheticPrompts(Strict):
+    """Prompts of about `input_tokens` tokens cut at seeded places from the corpus that comes with Python, by the model's own tokenizer."""
+
+    kind: Literal["synthetic"]
+    input_tokens: Count
+
+
+class FilePrompts(Strict):
+    """One prompt per line of a text file, taken in a seeded order."""
+
+    kind: Literal["file"]
+    path: str
+
+
+class Sampling(Strict):
+    """How tokens are drawn; passed to the endpoint."""
+
+    temperature: NonNegative = 1.0
+    top_p: OpenFraction = 1.0
+
+
+class Timeouts(Strict):
+    """When a silent server becomes a typed error."""
+
+    connect_s: Positive = 10
+    first_token_s: Positive = 120
+    stall_s: Positive = Field(60, description="Longest silence inside a stream.")
+
+
+class Workload(Strict):
+    """What every copy asks for."""
+
+    endpoint: Literal["completions", "chat"] = "completions"
+    prompts: Annotated[SyntheticPrompts | FilePrompts, Field(discriminator="kind")]
+    output_tokens: Count = Field(description="max_tokens of every request.")
+    ignore_eos: bool = Field(True, description="Every stream runs to its length (a vLLM extension).")
+    sampling: Sampling = Sampling()
+    timeouts: Timeouts = Timeouts()
+    seed: int = 0
+
+
+class ClosedStage(Strict):
+    """N copies, each asking again as soon as its stream ended, for a duration or a number of requests."""
+
+    arrival: Literal["closed"]
+    copies: Count
+    duration_s: Positive | None = Field(None, description="Time after the warm-up during which copies go on asking.")
+    requests: Count | None = Field(None, description="Requests after the warm-up, over all copies, instead of a duration.")
+    warmup_s: NonNegative = Field(5, description="Time at the start that is not counted; the window may begin later still.")
+    ramp_s: NonNegative = Field(2, description="Starts of the copies are spread evenly over this time.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ClosedStage:
+        if (self.duration_s is None) == (self.requests is None):
+            raise ValueError("give exactly one of duration_s and requests")
+        return self
+
+
+Stage = Annotated[ClosedStage, Field()]
+
+
+class Slo(Strict):
+    """What a copy must get to count: at least `quantile` of the streams hold the speed and TTFT, errors under their limit."""
+
+    tokens_per_s_per_copy: Positive = 10
+    quantile: OpenFraction = 0.9
+    ttft_s: Positive = 2
+    error_fraction_max: Fraction = 0.01
+
+
+class Page(Strict):
+    """A page of decoded output text, counted in words."""
+
+    words: Count = 500
+
+
+class Owned(Strict):
+    """Hardware that was bought: capital per device-hour = price x (1 - residual) / (8760 x life x utilisation)."""
+
+    kind: Literal["owned"]
+    usd_per_device: Quoted
+    residual_fraction: Annotated[float, Field(ge=0, lt=1)]
+    life_years: Positive
+    utilisation: OpenFraction = Field(description="Share of its life that the hardware earns its keep.")
+    opex_usd_per_device_hour: Quoted | None = None
+
+
+class Rented(Strict):
+    """Hardware that is paid by the hour; its electricity is in the rent and is not added on top."""
+
+    kind: Literal["rented"]
+    usd_per_device_hour: Quoted
+    utilisation: OpenFraction = Field(description="Share of the paid hours that serve.")
+
+
+class Prices(Strict):
+    """What things cost, with source and date: nothing here has a default. A device is a GPU, or the host where there is none."""
+
+    hardware: Annotated[Owned | Rented, Field(discriminator="kind")]
+    electricity_usd_per_kwh: Quoted
+    pue: Quoted = Field(description="Facility energy over IT energy.")
+    assumed_power_w: Quoted | None = Field(
+        None, description="Power of the whole serving hardware where nothing measures it; every figure from it is marked assumed."
+    )
+
+
+class Spec(Strict):
+    """A run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    stages: list[Stage] = Field(min_length=1)
+    slo: Slo = Slo()
+    page: Page = Page()
+    prices: Prices
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the spec as resolved: the same for two files that mean the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path) -> Spec:
+    """Read a spec file. Raises ProblemError with file, line, key path, bad value and what is legal."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ProblemError(f"{path}: no such file; `kilocopy init` writes a spec to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ProblemError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    if not isinstance(tree, dict):
+        raise ProblemError(f"{path}:1: a spec is a mapping of keys, this is {type(tree).__name__}; `kilocopy init` writes one to start from")
+    try:
+        return Spec.model_validate(YAML(typ="safe", pure=True).load(text))
+    except ValidationError as error:
+        raise ProblemError("\n".join(_sentence(path, tree, item) for item in error.errors())) from None
+
+
+def _sentence(path: Path, tree: Any, item: Any) -> str:
+    """One validation error of pydantic's as a sentence with the line of the key that is meant."""
+    line, node, keys = 1, tree, []
+    for part in item["loc"]:
+        if isinstance(node, dict) and part in node:
+            line, node = node.lc.key(part)[0] + 1, node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            line, node = node.lc.item(part)[0] + 1, node[part]
+        elif isinstance(node, dict) and part in {"measured", "published", "cpu", "gpu", "synthetic", "file", "closed", "owned", "rented"}:
+            continue  # the tag of a union: in pydantic's path, not in the file
+        keys.append(f"[{part}]" if isinstance(part, int) else f".{part}")
+    key = "".join(keys).lstrip(".") or "(the whole file)"
+    if item["type"] == "extra_forbidden":
+        said = "unknown key; `kilocopy schema` lists the legal ones"
+    elif item["type"] == "missing":
+        said = "missing"
+    else:
+        value = f", got {item['input']!r}" if not isinstance(item["input"], dict | list) else ""
+        said = item["msg"].removeprefix("Value error, ") + value
+    return f"{path}:{line}: {key}: {said}"
