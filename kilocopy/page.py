@@ -1,0 +1,247 @@
+"""The report as one HTML file: it opens without a network, says the same thing every time, and runs nothing that a name could smuggle in.
+
+Figures become strings here, with the terminal report's notation; the template only places them, and escapes all of them. Plotly and
+the page's own script are inlined, and a content security policy names both by their hash, so that a browser runs these two and
+nothing else, and loads nothing from anywhere. There is no time of rendering in it: the same summary gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from kilocopy import report
+from kilocopy.figures import Figure, figures
+from kilocopy.report import DASH, band, interval, latency, money, money_small, number, percent, seconds
+from kilocopy.summary import Cost, Ratio, Stage, Summary
+
+HUMANS = {"238": "read at 238 words/min", "150": "spoken at 150 words/min", "600": "thought at 600 words/min (10 words/s)"}
+CONDITIONS = {
+    "id": "Run", "started_at": "Started", "model": "Model", "url": "Endpoint", "driver_shares_host": "Driver shares the serving host",
+    "hardware": "Hardware", "versions": "Versions", "spec_sha256": "Hash of the spec", "git_commit": "Commit", "seed": "Seed", "slo": "SLO",
+}  # fmt: skip
+SCRIPT = """
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+function inked(layout) {
+  const ink = {...layout, font: {...layout.font, color: css("--ink")}};
+  for (const key of Object.keys(layout).filter(key => /^[xy]axis/.test(key)))
+    ink[key] = {...layout[key], gridcolor: css("--grid"), linecolor: css("--grid"), tickcolor: css("--grid")};
+  return ink;
+}
+function draw() {
+  for (const [id, plot] of Object.entries(figures))
+    Plotly.react(id, plot.data, inked(plot.layout), {responsive: true, displaylogo: false, displayModeBar: false});
+}
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+matchMedia("print").addEventListener("change", draw);
+"""
+
+
+def render_html(summary: Summary) -> str:
+    """The whole report as one self-contained page; byte for byte the same from the same summary."""
+    drawn = figures(summary)
+    plotly = get_plotlyjs()
+    environment = Environment(loader=PackageLoader("kilocopy"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        name=str(summary.run.get("name") or summary.run.get("id") or "run"),
+        cards=_cards(summary),
+        stages=[_stage(stage) for stage in summary.stages],
+        figures=drawn,
+        ratios=[_ratio(ratio) for ratio in summary.overhang.ratios] if summary.overhang else [],
+        n_cluster=number(summary.overhang.n_cluster) if summary.overhang else DASH,
+        humans=_humans(summary),
+        checks=_checks(summary),
+        prices=[_price(price) for price in summary.prices],
+        conditions=_conditions(summary),
+        rules=_rules(summary),
+        spec=json.dumps(summary.run["spec"], indent=2, sort_keys=True) if summary.run.get("spec") else "",
+        figures_json=Markup(_json(drawn)),  # noqa: S704  # escaped in _json
+        plotly=Markup(plotly),  # noqa: S704  # our dependency's own file
+        script=Markup(SCRIPT),  # noqa: S704  # the constant above
+        policy=_policy(plotly, SCRIPT),
+    )
+
+
+def _policy(*scripts: str) -> str:
+    """A content security policy under which only these scripts run and nothing is fetched."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+
+
+def _json(drawn: list[Figure]) -> str:
+    """The figures' data as JSON that cannot end the script element it stands in."""
+    plots = {figure.id: figure.plot.to_plotly_json() for figure in drawn if figure.plot is not None}
+    text = json.dumps(plots, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _cards(summary: Summary) -> list[dict[str, str]]:
+    """The five figures of the answer, all from one stage, each with its range and what it rests on."""
+    stage = report.shown_stage(summary)
+    if stage is None or stage.throughput is None:
+        why = "no valid stage"
+        return [_card(label, DASH, why, "", "none") for label in ("copies (N_SLO)", "tokens/s", "pages/hour", "$/page", "Wh/page")]
+    n_slo, through, cost = summary.headline.n_slo, stage.throughput, stage.cost
+    at = f"at {stage.copies.asked:,} copies, stage {stage.index}"
+    value, spread = report.estimate(through.output_tokens_per_s)
+    return [
+        _card("copies (N_SLO)", f"{n_slo:,}" if n_slo is not None else DASH, _slo_detail(summary, stage), "", "measured"),
+        _card("output tokens/s", value, spread, at, "measured"),
+        _card("pages/hour", number(through.pages_per_hour), f"{summary.page_words} words each", at, "measured"),
+        _cost_card(cost, at),
+        _energy_card(cost, at),
+    ]
+
+
+def _card(label: str, value: str, detail: str, at: str, source: str) -> dict[str, str]:
+    return {"label": label, "value": value, "detail": detail, "at": at, "source": source}
+
+
+def _slo_detail(summary: Summary, stage: Stage) -> str:
+    """What the headline number of copies stands for."""
+    if summary.headline.n_slo is None:
+        return "no stage held the SLO"
+    held = stage.copies.slo_attainment
+    return f"{percent(held)} of the streams held the SLO" if held is not None else "held the SLO"
+
+
+def _cost_card(cost: Cost | None, at: str) -> dict[str, str]:
+    """Money for a page: measured pages at stated prices."""
+    if cost is None or cost.usd_per_page is None:
+        return _card("$/page", DASH, "no price could be made", at, "none")
+    usd = cost.usd_per_page
+    detail = "; ".join(part for part in (interval(usd.low, usd.high, money), money_small(usd.mid)) if part)
+    energy = {"measured": "energy measured", "assumed": "energy assumed", "not_measured": "energy not measured"}[cost.energy_source]
+    source = "stated rent" if cost.hardware_kind == "rented" else f"stated prices, {energy}"
+    return _card(f"per page, {cost.hardware_kind}", money(usd.mid), detail, at, source)
+
+
+def _energy_card(cost: Cost | None, at: str) -> dict[str, str]:
+    """Energy for a page, or that nothing measured it."""
+    if cost is None or cost.wh_per_page is None:
+        return _card("Wh/page", DASH, "no meter was read and no power was stated", at, "not measured")
+    wh = cost.wh_per_page
+    detail = "; ".join(part for part in (interval(wh.low, wh.high), f"boundary: {cost.energy_boundary}" if cost.energy_boundary else "") if part)
+    return _card("Wh/page", number(wh.mid), detail, at, report.SOURCES[cost.energy_source])
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    """A row of the stage table: each cell is a main line and a small one."""
+    through, cost, copies = stage.throughput, stage.cost, stage.copies
+    total = report.estimate(through.output_tokens_per_s) if through else (DASH, "")
+    usd, wh = (cost.usd_per_page, cost.wh_per_page) if cost else (None, None)
+    return {
+        "level": stage.verdict.level,
+        "badge": report.BADGES[stage.verdict.level],
+        "title": stage.title,
+        "reasons": stage.verdict.reasons,
+        "notes": stage.verdict.notes,
+        "cells": [
+            (f"{copies.asked:,}", ""),
+            (number(copies.n_run_client), f"{number(copies.n_run_server)} servers"),
+            total,
+            (number(through.output_tokens_per_s_per_copy) if through else DASH, ""),
+            (number(through.pages_per_hour) if through else DASH, ""),
+            (latency(stage, "ttft_s"), ""),
+            (latency(stage, "tpot_s"), ""),
+            (report.errors(stage), _kinds(stage)),
+            (money(usd.mid if usd else None), interval(usd.low, usd.high, money) if usd else ""),
+            (report.wh_per_page(stage), (interval(wh.low, wh.high) if wh else "")),
+            (report.slo(stage), f"{percent(copies.slo_attainment)} held" if copies.slo_attainment is not None else ""),
+        ],
+    }
+
+
+def _kinds(stage: Stage) -> str:
+    """The errors of a stage by kind."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(stage.requests.errors.items()) if count)
+
+
+def _ratio(ratio: Ratio) -> dict[str, str]:
+    """A row of the overhang table."""
+    return {
+        "name": report.RATIOS[ratio.name],
+        "training": f"{number(ratio.training)} {ratio.training_unit}" if ratio.training is not None else DASH,
+        "running": f"{number(ratio.running_per_page)} {ratio.running_unit}" if ratio.running_per_page is not None else DASH,
+        "pages": band(ratio.ratio_pages),
+        "source": ratio.training_source,
+        "sentence": ratio.sentence,
+    }
+
+
+def _humans(summary: Summary) -> list[tuple[str, str]]:
+    """Throughput equivalents at the stage shown: how many people at these speeds make as many words."""
+    stage = report.shown_stage(summary)
+    return [(HUMANS.get(speed, f"{speed} words/min"), number(count)) for speed, count in sorted(stage.copies.n_human.items())] if stage else []
+
+
+def _checks(summary: Summary) -> list[dict[str, str]]:
+    """A row per identity check."""
+    return [
+        {
+            "stage": f"{stage.index} ({stage.copies.asked:,} copies)",
+            "name": report.CHECKS.get(check.name, check.name),
+            "left": number(check.left),
+            "right": number(check.right),
+            "apart": percent(check.deviation_fraction),
+            "limit": percent(check.limit_fraction),
+            "outcome": check.outcome,
+            "badge": report.OUTCOMES[check.outcome],
+            "sentence": check.sentence,
+        }
+        for stage, check in report.all_checks(summary)
+    ]
+
+
+def _price(price: dict[str, Any]) -> dict[str, str]:
+    """A row of the price table."""
+    low, high = price.get("low"), price.get("high")
+    return {
+        "name": str(price.get("name", DASH)),
+        "value": _stated(price.get("value")),
+        "band": f"{_stated(low)} – {_stated(high)}" if low is not None and high is not None else DASH,
+        "unit": str(price.get("unit", "")),
+        "source": str(price.get("source") or "no source stated"),
+        "date": str(price.get("date") or DASH),
+    }
+
+
+def _stated(value: Any) -> str:
+    """A number that somebody stated, as stated."""
+    return f"{value:,.10g}" if isinstance(value, int | float) else str(value if value is not None else DASH)
+
+
+def _conditions(summary: Summary) -> list[tuple[str, str]]:
+    """What the run was done with: the named conditions first, then whatever else the manifest says, except the spec."""
+    run = {key: value for key, value in summary.run.items() if key not in {"spec", "prices"} and value is not None}
+    known = [(label, _words(run.pop(key))) for key, label in CONDITIONS.items() if key in run]
+    return known + [(key.replace("_", " "), _words(value)) for key, value in sorted(run.items())]
+
+
+def _words(value: Any) -> str:
+    """A value of the manifest as words: `key value` pairs for mappings."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(part) for part in value)
+    return str(value)
+
+
+def _rules(summary: Summary) -> list[tuple[str, str]]:
+    """How each stage's window was found, with its length."""
+    return [
+        (f"Stage {stage.index}", f"{seconds(stage.window.duration_s)}: {stage.window.rule}." if stage.window else "no window was found.")
+        for stage in summary.stages
+    ]

@@ -1,0 +1,216 @@
+"""The report, in the terminal and as a page: what it says, that it says the same twice, and that nothing in it can run or fetch.
+
+`KILOCOPY_REGENERATE=1 pytest tests/test_report.py` rewrites the golden texts and fails, so that the diff is read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from plotly.offline import get_plotlyjs
+from rich.console import Console
+
+from kilocopy.figures import figures
+from kilocopy.page import render_html
+from kilocopy.report import WIDTH, money, money_small, number, print_report, seconds
+from kilocopy.summary import Stage, Summary
+from tests import summaries
+
+GOLDEN = Path(__file__).parent / "golden"
+SECTIONS = ("answer", "stages", "plots", "overhang", "checks", "prices", "references", "method")
+EVIL = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>[red]&\x1b[31m"
+NAMES = sorted(summaries.ALL)
+
+
+def terminal(summary: Summary) -> str:
+    """The terminal report as it goes into a pipe."""
+    out = io.StringIO()
+    print_report(summary, Console(file=out))
+    return out.getvalue()
+
+
+def without_plotly(page: str) -> str:
+    """The page less the one file in it that is not ours."""
+    plotly = get_plotlyjs()
+    assert page.count(plotly) == 1
+    return page.replace(plotly, "")
+
+
+def hostile() -> Summary:
+    """The awkward summary with a script for every name and sentence that others can set."""
+    summary = summaries.awkward()
+    tree = summary.model_dump(mode="json")
+    tree["run"] |= {"name": EVIL, "model": EVIL, "spec": {"model": {"id": EVIL}}}
+    tree["headline"]["sentence"] = tree["status_sentence"] = EVIL
+    tree["overhang"] = summaries.good().model_dump(mode="json")["overhang"]
+    tree["overhang"]["ratio_unit"] = EVIL
+    tree["prices"][0]["source"] = EVIL
+    for stage in tree["stages"]:
+        stage["title"] = EVIL
+        stage["checks"][0]["sentence"] = EVIL
+    tree["stages"][2]["verdict"]["reasons"][0]["sentence"] = EVIL
+    return Summary.model_validate(tree)
+
+
+class Tags(HTMLParser):
+    """Every element of a page with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terminal_is_the_golden_text(name: str) -> None:
+    golden, text = GOLDEN / f"{name}.txt", terminal(summaries.ALL[name]())
+    if os.environ.get("KILOCOPY_REGENERATE") == "1":
+        golden.write_text(text, encoding="utf-8")
+        pytest.fail(f"{golden} was rewritten: read its diff, then run without KILOCOPY_REGENERATE")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terminal_fits_and_is_plain_in_a_pipe(name: str) -> None:
+    text = terminal(summaries.ALL[name]())
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+    assert "\x1b" not in text
+    assert "…" not in text  # nothing was cut off
+    assert text.startswith(summaries.ALL[name]().headline.sentence[:60])
+
+
+def test_terminal_prints_names_as_they_are() -> None:
+    text = terminal(hostile())
+    assert "[red]&" in text
+    assert "\x1b" not in text
+
+
+def test_terminal_is_coloured_where_it_is_a_terminal() -> None:
+    out = io.StringIO()
+    print_report(summaries.awkward(), Console(file=out, force_terminal=True, width=WIDTH, color_system="standard"))
+    assert "\x1b[" in out.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_is_the_same_every_time(name: str) -> None:
+    assert render_html(summaries.ALL[name]()) == render_html(summaries.ALL[name]())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_has_every_section_and_fetches_nothing(name: str) -> None:
+    summary = summaries.ALL[name]()
+    page = without_plotly(render_html(summary))
+    tags = Tags(page)
+    ids = [attributes["id"] for _, attributes in tags.found if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    assert set(SECTIONS) <= set(ids)
+    assert {figure.id for figure in figures(summary) if figure.plot} <= set(ids)
+    assert f"<title>{summary.run['name']} – kilocopy report</title>" in page
+    assert not [(tag, a) for tag, a in tags.found if {"src", "href", "srcset", "data"} & set(a) or tag in {"link", "iframe", "base", "object"}]
+    assert not re.search(r"url\(|@import", page)
+    assert "default-src 'none'" in page
+
+
+def test_page_escapes_what_others_wrote() -> None:
+    page = without_plotly(render_html(hostile()))
+    tags = Tags(page)
+    assert [tag for tag, _ in tags.found].count("script") == 3  # the figures' data, Plotly, our own
+    assert not [attributes for tag, attributes in tags.found if tag == "img" or "onerror" in attributes]
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_page_names_its_scripts_by_hash() -> None:
+    policy = next(a["content"] for tag, a in Tags(render_html(summaries.interrupted())).found if a.get("http-equiv"))
+    assert policy is not None
+    assert policy.count("'sha256-") == 2
+    assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+
+
+def test_interrupted_is_loud() -> None:
+    assert "INTERRUPTED" in render_html(summaries.interrupted())
+    assert "INTERRUPTED" in terminal(summaries.interrupted())
+
+
+def test_withheld_latency_is_not_plotted_and_void_is_off_the_line() -> None:
+    plots = {figure.id: figure for figure in figures(summaries.awkward())}
+    assert [trace.name for trace in plots["plot-ttft"].plot.data] == ["4 copies", "128 copies (void)"]
+    assert "Withheld at 32 copies" in plots["plot-ttft"].caption
+    lines = [trace for trace in plots["plot-throughput"].plot.data if trace.name == "measured"]
+    assert {tuple(trace.x) for trace in lines} == {(4, 32)}
+    assert all("lines" not in trace.mode for trace in plots["plot-throughput"].plot.data if trace.name == "void")
+
+
+def test_a_stage_of_nothing_is_reported_with_dashes() -> None:
+    summary = summaries.awkward()
+    empty: Stage = summary.stages[2].model_copy(
+        update={"window": None, "throughput": None, "latency": None, "cost": None, "checks": [], "ttft_values_s": [], "icl_values_s": []}
+    )
+    summary = summary.model_copy(update={"stages": [empty], "timeline": [], "headline": summaries.interrupted().headline})
+    assert "–" in terminal(summary)
+    assert "no window was found" in render_html(summary)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "–"), (0, "0"), (0.0321, "0.0321"), (94.27, "94.3"), (99.96, "100"), (1962.3, "1,960"), (3.14159e6, "3.14 million"),
+        (999_999, "1.00 million"), (3.2e-5, "3.20e-05"), (3.14e23, "3.14e+23"), (-12.3, "-12.3"), (9.9999e-4, "0.00100"), (9.999e8, "1.00 billion"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: float | None, said: str) -> None:
+    assert number(value) == said
+
+
+def test_small_money_is_readable_and_never_nothing() -> None:
+    assert money(3.2e-5) == "$3.20e-05"
+    assert money_small(3.2e-5) == "$0.0320 per 1,000 pages"
+    assert money(0.0123) == "$0.0123"
+    assert money_small(0.0123) == ""
+
+
+def test_times_share_a_unit() -> None:
+    assert seconds(0.0412, 0.187) == "41.2 / 187 ms"
+    assert seconds(0.9, 2.0) == "0.900 / 2.00 s"
+    assert seconds(None, 2e-5) == "– / 20.0 µs"
+    assert seconds(None) == "–"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", [*NAMES, "hostile"])
+def test_browser_draws_every_plot_without_complaint(name: str, tmp_path: Path) -> None:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: nothing drew the page")
+    summary = hostile() if name == "hostile" else summaries.ALL[name]()
+    page = tmp_path / "report.html"
+    page.write_text(render_html(summary), encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+        "--disable-sync --enable-logging=stderr --virtual-time-budget=10000 --window-size=1400,3000 --dump-dom"
+    )
+    done = subprocess.run(
+        [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert "CONSOLE" not in done.stderr
+    drawn = done.stdout.split("</style>", 1)[1]
+    for figure in figures(summary):
+        if figure.plot is not None:
+            assert re.search(rf'id="{figure.id}"[^>]*>.*?<svg class="main-svg"', drawn, re.DOTALL), f"{figure.id} was not drawn"
+    assert drawn.count('<svg class="main-svg"') >= sum(figure.plot is not None for figure in figures(summary))
+
+
+def test_figures_are_json_without_infinities() -> None:
+    for make in summaries.ALL.values():
+        for figure in figures(make()):
+            assert figure.plot is None or json.dumps(figure.plot.to_plotly_json(), allow_nan=False)
