@@ -103,7 +103,7 @@ def _gpus(nvml: Any) -> Iterator[GpuMeter]:
 
 
 def _packages(powercap: Path) -> Iterator[RaplMeter]:
-    """Packages are intel-rapl:N (AMD's too). N:M, a part of one, would count it twice; so would psys and the MMIO view."""
+    """Packages are intel-rapl:N (AMD's too). N:M is a part of one, psys and the MMIO view count it again."""
     for zone in sorted(powercap.glob("intel-rapl:*")):
         try:
             if zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package"):
