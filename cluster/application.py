@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +99,3 @@ def build(spec: Spec) -> Any:
     return build_openai_app({"llm_configs": [config]})
 
 
-def visible_gpus() -> int:
-    """GPUs that CUDA_VISIBLE_DEVICES or NVML shows on this host; 0 without a driver."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return 0
-    try:
-        import pynvml  # noqa: PLC0415
-
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
-    except Exception:  # noqa: BLE001  no NVML, no driver, no permission: all mean the same here
-        return 0

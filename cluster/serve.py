@@ -53,8 +53,7 @@ def main() -> int:
     """Serve until told to stop. Returns 0 after a stop that was asked for, 1 when serving could not start or failed."""
     directory = Path(sys.argv[1])
     spec = Spec.model_validate_json((directory / "spec.json").read_text())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: STOP.set())
+    take_signals()
     os.environ.update(application.environment(spec))
     state = State(directory, spec)
     local = spec.cluster.address == "local"
@@ -70,6 +69,12 @@ def main() -> int:
         stop(local)
     state.set(phase="stopped")
     return 0
+
+
+def take_signals() -> None:
+    """A signal asks for an orderly stop. Called again after `ray.init`, which puts a handler of its own in place."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: STOP.set())
 
 
 def use_loopback() -> None:
@@ -99,7 +104,7 @@ def serve(spec: Spec, state: State, local: bool) -> None:
     warm_up(spec)
     state.set(phase="ready", url=f"http://127.0.0.1:{spec.cluster.port}", metrics=metrics_targets(), ready_at=time.time())
     while not STOP.wait(1.0):
-        state.set(**observe(spec))
+        state.set(**observe(), metrics=metrics_targets())
 
 
 def start_ray(spec: Spec, local: bool) -> None:
@@ -110,12 +115,13 @@ def start_ray(spec: Spec, local: bool) -> None:
         hardware = spec.cluster.hardware
         per_replica = hardware.cpus_per_replica if isinstance(hardware, CpuReplica) else spec.cluster.tensor_parallel * spec.cluster.pipeline_parallel
         cpus = spec.cluster.replicas * (per_replica + 1) + 2  # slots, not cores: a replica's actor takes one beside its bundle
-        ray.init(address="local", num_cpus=int(cpus + 0.999), include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
+        ray.init(address="local", num_cpus=int(cpus + 0.999), include_dashboard=False, log_to_driver=True)
     else:
         try:
             ray.init(address=spec.cluster.address, log_to_driver=True)
         except Exception as error:
             raise StartError(f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({last_line(error)}); `ray status` on its head says whether it runs") from None
+    take_signals()
     if isinstance(spec.cluster.hardware, GpuReplica):
         need, have = spec.cluster.devices, float(ray.cluster_resources().get("GPU", 0))
         if need > have + 1e-9:
@@ -150,7 +156,7 @@ def wait_ready(spec: Spec, state: State) -> None:
     """Wait until every replica runs, showing each; raise StartError with the engine's own error as soon as one has failed."""
     deadline = time.monotonic() + spec.cluster.start_timeout_s
     while not STOP.is_set():
-        seen = observe(spec)
+        seen = observe()
         state.set(**seen)
         if seen["application"] == "RUNNING":
             return
@@ -162,7 +168,7 @@ def wait_ready(spec: Spec, state: State) -> None:
     raise StartError("stopped while starting")
 
 
-def observe(spec: Spec) -> dict[str, Any]:
+def observe() -> dict[str, Any]:
     """How the application stands: its status, its deployments' complaint if any, and its replicas by state."""
     from ray import serve as ray_serve  # noqa: PLC0415
 

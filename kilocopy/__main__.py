@@ -1,0 +1,5 @@
+"""`python -m kilocopy`."""
+
+from kilocopy.cli import main
+
+main()

@@ -1,0 +1,139 @@
+"""The command line: one command a verb. A user's mistake is one sentence on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kilocopy import __version__, doctor, run, serving, starting
+from kilocopy.manifest import CHECKOUT
+from kilocopy.problem import ProblemError
+from kilocopy.spec import Spec, load
+
+app = typer.Typer(help=__doc__.split("\n")[0] if __doc__ else None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML); `kilocopy init` writes one.")]
+RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json instead of the report.")]
+
+
+@app.command("run")
+def run_command(spec: SpecFile, runs: RunsDir = Path("runs"), web: Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")] = False,
+                keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False) -> None:  # fmt: skip
+    """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
+    _finish(run.run(spec, runs, web=web, keep=keep))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("kilocopy.yaml"), gpu: Annotated[bool, typer.Option("--gpu", help="For a GPU cluster.")] = False) -> None:
+    """Write a commented spec to start from."""
+    starting.write(path, gpu)
+    typer.echo(path)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    typer.echo(json.dumps(Spec.model_json_schema(), indent=2))
+
+
+@app.command()
+def train(out: Annotated[Path, typer.Option("--out", help="Directory of the model.")] = Path(".cache/models/demo"),
+          seconds: Annotated[float, typer.Option("--seconds", help="Training time, s.")] = 100, seed: int = 0,
+          force: Annotated[bool, typer.Option("--force", help="Train again although it is there.")] = False) -> None:  # fmt: skip
+    """Train the demo model from scratch on Python's own documentation, and write what that cost."""
+    arguments = [sys.executable, "-m", "cluster.train", "--out", str(out), "--seconds", str(seconds), "--seed", str(seed), *(["--force"] if force else [])]
+    raise typer.Exit(subprocess.run(arguments, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=False).returncode)
+
+
+@app.command()
+def serve(spec: SpecFile, address: Annotated[str | None, typer.Option("--address", help="Join this Ray instead of cluster.address.")] = None) -> None:
+    """Start the replicas, wait until each answers, and leave them serving; `kilocopy down` stops them."""
+    loaded = load(spec)
+    if address:
+        loaded = loaded.model_copy(update={"cluster": loaded.cluster.model_copy(update={"address": address})})
+    with run.serve(loaded, keep=True) as state:
+        typer.echo(state["url"])
+
+
+@app.command()
+def status() -> None:
+    """Say what is being served: replicas, address, metrics endpoints."""
+    state = serving.status()
+    if not state:
+        typer.echo("nothing is being served")
+        raise typer.Exit(1)
+    typer.echo(json.dumps(state, indent=2, sort_keys=True))
+    if not state["alive"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def down() -> None:
+    """Stop what `kilocopy serve` started, and only that."""
+    typer.echo("stopped" if serving.stop() else "nothing to stop")
+
+
+@app.command()
+def drive(spec: SpecFile, url: Annotated[str | None, typer.Option("--url", help="Any OpenAI-compatible server, http(s)://host[:port]; API key in KILOCOPY_API_KEY.")] = None,
+          metrics: Annotated[list[str] | None, typer.Option("--metrics", help="Metrics page of that server, for the identity checks; may be repeated.")] = None,
+          web: Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")] = False, runs: RunsDir = Path("runs")) -> None:  # fmt: skip
+    """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
+    loaded = load(spec)
+    state = serving.status()
+    if url is None:
+        if not state or not state["alive"] or state["phase"] != "ready":
+            raise ProblemError("nothing is being served here; `kilocopy serve SPEC` first, or give --url")
+        url, metrics = state["url"], state["metrics"]
+    if not url.startswith(("http://", "https://")):
+        raise ProblemError(f"--url {url}: not an http:// or https:// address")
+    shares = any(host in url for host in ("127.0.0.1", "localhost", "[::1]"))
+    _finish(run.report(run.drive(loaded, runs, url.rstrip("/").removesuffix("/v1"), targets=metrics or [], web=web, shares_host=shares)))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
+    """Measure, price and report again from the records of a run, without a server."""
+    if as_json:
+        path = run.write(run.summarise(run_dir), run_dir)
+        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+    else:
+        _finish(run.report(run_dir))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Say what this machine can do, and what to mend."""
+    raise typer.Exit(doctor.examine())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _finish(summary: Path) -> None:
+    """The HTML file's name for people, then the last line for programs: the path of summary.json."""
+    typer.echo(f"report: {summary.with_name('report.html').resolve()}", err=True)
+    typer.echo(summary)
+    if json.loads(summary.read_text(encoding="utf-8"))["status"] == "interrupted":
+        raise typer.Exit(130)
+
+
+def main() -> None:
+    """Entry point: turns ProblemError into a sentence and its exit code."""
+    try:
+        app()
+    except ProblemError as problem:
+        typer.echo(f"kilocopy: {problem}", err=True)
+        sys.exit(problem.code)
+    except KeyboardInterrupt:
+        typer.echo("kilocopy: interrupted", err=True)
+        sys.exit(130)

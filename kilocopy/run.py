@@ -1,0 +1,107 @@
+"""`kilocopy run`: the main path, one verb a line: spec, serve, drive, measure, price, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kilocopy import driving, manifest, records, serving
+from kilocopy.page import render_html
+from kilocopy.problem import ProblemError
+from kilocopy.recompute import summarise
+from kilocopy.report import print_report
+from kilocopy.scrape import Scraper
+from kilocopy.spec import Spec, load
+from kilocopy.summary import Summary
+
+ERR = Console(stderr=True, highlight=False)
+
+
+def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False) -> Path:
+    """All of it in order; returns the path of summary.json. Ctrl-C at any time stops what was started and reports what is there."""
+    spec = load(spec_path)
+    with serve(spec, keep=keep) as state:
+        run_dir = drive(spec, runs, state["url"], targets=state["metrics"], web=web, shares_host=spec.cluster.address == "local")
+    return report(run_dir)
+
+
+@contextlib.contextmanager
+def serve(spec: Spec, *, keep: bool = False) -> Iterator[dict[str, Any]]:
+    """Serve for the time of a `with` block; with `keep`, or where it was serving before, leave it running."""
+    before = serving.status()
+    already = bool(before and before["alive"])
+    try:
+        with ERR.status("[bold]serve[/]  starting") as line:
+            state = serving.start(spec, lambda seen: _show_start(seen, line))
+        yield state
+    finally:
+        if not already and not keep and serving.stop():
+            ERR.print("[bold]serve[/]  stopped")
+
+
+def _show_start(state: dict[str, Any], line: Any) -> None:
+    """One line a change of phase or replica; the live line carries the newest."""
+    replicas = ", ".join(f"{count} {name.lower()}" for name, count in sorted(state.get("replicas", {}).items()) if count)
+    text = f"[bold]serve[/]  {state['phase']}" + (f"  replicas: {replicas}" if replicas else "")
+    line.update(text)
+    if not ERR.is_terminal or state["phase"] == "ready":
+        ERR.print(text)
+
+
+def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, shares_host: bool) -> Path:
+    """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there."""
+    key = os.environ.get("KILOCOPY_API_KEY")
+    driving.probe(url, spec.model.id, key, 30)
+    run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy")
+    ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.split("@")[-1]}, records in {run_dir}")
+    progress = driving.ProgressPrinter(ERR, spec)
+    with power_meter(run_dir), Scraper(run_dir, targets) as scraper, progress:
+        code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress)
+    for target, error in scraper.failures.items():
+        ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")
+    if code not in {0, 130}:
+        ERR.print(f"[red]drive[/]  the driver ended with exit code {code}; reporting what was recorded ({run_dir / 'driver.log'})")
+    return run_dir
+
+
+@contextlib.contextmanager
+def power_meter(run_dir: Path) -> Iterator[None]:
+    """The power meter of this host, in a process of its own, for the time of a `with` block."""
+    environment = os.environ | {"PYTHONPATH": str(manifest.CHECKOUT)}
+    with (run_dir / "power.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "cluster.power", str(run_dir)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def report(run_dir: Path) -> Path:
+    """Measure and price from the records, write summary.json and report.html, print the report; returns summary.json's path."""
+    summary = summarise(run_dir)
+    path = write(summary, run_dir)
+    print_report(summary, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    return path
+
+
+def write(summary: Summary, run_dir: Path) -> Path:
+    """Write summary.json and report.html beside the records; the same records give the same bytes."""
+    path = run_dir / "summary.json"
+    try:
+        records.write_json(path, summary.model_dump(mode="json"))
+        (run_dir / "report.html").write_text(render_html(summary), encoding="utf-8")
+    except OSError as error:
+        raise ProblemError(f"{run_dir}: the report cannot be written ({error.strerror}); the records are kept, run `kilocopy report {run_dir}` again when there is space") from None
+    return path
