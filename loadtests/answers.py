@@ -1,0 +1,232 @@
+"""What a finished stream said: bytes and their arrival times in, text, words, tokens and the times of its chunks out.
+
+Nothing of this runs while tokens arrive. The reader (loadtests/streams.py) only keeps each piece of the body with the time it
+came; once the stream has ended, `decode` cuts the pieces into server-sent events, gives each event the arrival time of the
+piece that completed it, and parses the payloads.
+
+Events of one stream differ in little but their text. `decode` therefore parses one event in full, remembers what stands left
+and right of its text, and for every event that has the same left and right only takes the string between: same result
+(tests/test_streams.py proves it against the plain way), a fraction of the time, so that a stream's end does not delay the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TEXT_KEYS = ("content", "reasoning_content", "reasoning")  # where a chat delta carries generated text
+DONE = b"[DONE]"
+QUOTE, BACKSLASH = 0x22, 0x5C
+_LITERALS = (b'"text":', b'"content":')
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(slots=True)
+class Answer:
+    """A stream as understood. `problem` is a sentence where the stream itself said something wrong."""
+
+    text: str = ""
+    times_ns: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # of events that carried text
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str | None = None
+    done: bool = False
+    problem: str | None = None
+
+    @property
+    def words(self) -> int:
+        """Words of the decoded text."""
+        return len(self.text.split())
+
+    @property
+    def gaps_us(self) -> npt.NDArray[np.uint32]:
+        """Gaps between the events that carried text, microseconds: one fewer than events."""
+        gaps_us = np.diff(self.times_ns) // 1000
+        return gaps_us.clip(0, np.iinfo(np.uint32).max).astype(np.uint32)
+
+    @property
+    def missing(self) -> list[str]:
+        """What a whole stream has and this one lacks."""
+        parts = {"finish reason": self.finish_reason, "usage": self.output_tokens, "[DONE]": self.done or None}
+        return [name for name, value in parts.items() if value is None]
+
+
+def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int]) -> Answer:
+    """Understand a stream's body from its pieces and their arrival times (one per piece, ns)."""
+    answer = Answer()
+    payloads, piece_of = split_events(pieces)
+    texts: list[str] = []
+    carriers: list[int] = []
+    reader = _PayloadReader(answer)
+    for event, payload in enumerate(payloads):
+        text = reader.read(payload)
+        if text:
+            texts.append(text)
+            carriers.append(event)
+        elif answer.done or answer.problem:
+            break
+    answer.text = "".join(texts)
+    answer.times_ns = np.array(stamps_ns, dtype=np.int64)[piece_of[carriers]]
+    return answer
+
+
+def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+    """The data of every whole server-sent event, and for each the index of the piece that completed it.
+
+    Follows the SSE standard: LF, CRLF or CR end a line, a blank line ends an event, several `data` lines are one payload
+    joined by LF, comments and other fields are skipped, and an event without its blank line does not exist.
+    """
+    pieces = _one_line_end(pieces)
+    blob = b"".join(pieces)
+    blocks = blob.split(b"\n\n")[:-1]
+    # An event ends with its blank line's LF: the piece that holds this byte completed it.
+    last_byte = np.cumsum(np.fromiter(map(len, blocks), np.int64, len(blocks)) + 2) - 1
+    piece_ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+    piece_of = np.searchsorted(piece_ends, last_byte, side="right")
+    if blocks and blocks[0].startswith(_BOM):
+        blocks[0] = blocks[0].removeprefix(_BOM)
+    data = [block[6:] if block[:6] == b"data: " and b"\n" not in block else _data(block) for block in blocks]
+    keep = [index for index, payload in enumerate(data) if payload is not None]
+    return [payload for payload in data if payload is not None], piece_of[keep]
+
+
+def _data(block: bytes) -> bytes | None:
+    """The payload of an event that is more than one plain `data: ` line; None without any."""
+    lines = []
+    for line in block.split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            lines.append(value.removeprefix(b" "))
+    return b"\n".join(lines) if lines else None
+
+
+def _one_line_end(pieces: Sequence[bytes]) -> Sequence[bytes]:
+    """The same pieces with LF as the only line end; a CRLF may lie across two pieces. Nearly always there is nothing to do."""
+    if not any(b"\r" in piece for piece in pieces):
+        return pieces
+    unified, after_cr = [], False
+    for piece in pieces:
+        lf_done = after_cr and piece.startswith(b"\n")
+        after_cr = piece.endswith(b"\r") if piece else after_cr
+        unified.append((piece[1:] if lf_done else piece).replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    return unified
+
+
+class _PayloadReader:
+    """Reads payload after payload into an answer; knows the frame around the text of the last ordinary one."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._left: bytes | None = None
+        self._right = b""
+
+    def read(self, payload: bytes) -> str:
+        """The text that this payload carries, '' for none; usage, finish reason, end and problems go to the answer."""
+        left = self._left
+        if left is not None and payload.startswith(left) and payload.endswith(self._right):
+            literal = payload[len(left) : len(payload) - len(self._right)]
+            # A string token from quote to quote: no quote inside, and the last one not escaped.
+            if len(literal) > 2 and literal[0] == literal[-1] == QUOTE and literal[-2] != BACKSLASH and b'"' not in literal[1:-1]:
+                try:
+                    return _string(literal)
+                except ValueError:
+                    pass  # let the whole payload say what is wrong
+        if payload == DONE:
+            self._answer.done = True
+            return ""
+        return self._parse(payload)
+
+    def _parse(self, payload: bytes) -> str:
+        try:
+            event = json.loads(payload)
+            text, ordinary = _understand(event, self._answer)
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+            self._answer.problem = "an event of the stream is not the JSON that was expected"
+            return ""
+        if ordinary and text:
+            self._remember(payload, text)
+        return text
+
+    def _remember(self, payload: bytes, text: str) -> None:
+        """Learn the frame, if the text stands in the payload exactly once and as the value of its key."""
+        self._left = None
+        for key in _LITERALS:
+            if payload.count(key) == 1:
+                at = payload.index(key) + len(key)
+                at += len(payload[at:]) - len(payload[at:].lstrip())
+                for ascii_only in (True, False):
+                    literal = json.dumps(text, ensure_ascii=ascii_only).encode()
+                    if payload.startswith(literal, at):
+                        self._left, self._right = payload[:at], payload[at + len(literal) :]
+                        return
+
+
+def _string(literal: bytes) -> str:
+    value: str = json.loads(literal) if b"\\" in literal else _checked(literal)
+    return value
+
+
+def _checked(literal: bytes) -> str:
+    """A string literal without escapes: only control characters could make it wrong."""
+    text = literal[1:-1].decode()
+    return text if text.isprintable() else str(json.loads(literal))
+
+
+def _understand(event: dict[str, Any], answer: Answer) -> tuple[str, bool]:
+    """Take an event's meaning into the answer. Returns its text, and whether it said nothing else but text."""
+    if event.get("error") or event.get("object") == "error":
+        error = event.get("error", event)
+        message = error.get("message") if isinstance(error, dict) else error
+        answer.problem = f"the server reported an error inside the stream: {message}"
+        return "", False
+    usage = event.get("usage")
+    if usage:
+        answer.prompt_tokens, answer.output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+    text, finish = "", None
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        text += choice.get("text") or "".join(delta.get(key) or "" for key in TEXT_KEYS)
+        finish = choice.get("finish_reason")
+        if finish:
+            answer.finish_reason = str(finish)
+    return text, not usage and not finish
+
+
+def judge(status: int | None, content_type: bytes, pieces: Sequence[bytes], answer: Answer) -> tuple[str, str | None]:
+    """The outcome of an answer that HTTP delivered whole, and a sentence where it is not `ok`."""
+    if status is None or not 200 <= status < 300:
+        return _status_outcome(status or 0), f"HTTP {status}: {_excerpt(pieces)}"
+    if not content_type.lower().startswith(b"text/event-stream"):
+        said = content_type.decode("latin-1")[:60] or "nothing"
+        return "bad_stream", f"the answer's content type is {said}, not text/event-stream: {_excerpt(pieces)}"
+    if answer.problem:
+        return "bad_stream", answer.problem
+    if answer.missing:
+        return "truncated", f"the stream ended without {' and '.join(answer.missing)}"
+    return "ok", None
+
+
+def _status_outcome(status: int) -> str:
+    if status == 429:
+        return "http_429"
+    if 400 <= status < 500:
+        return "http_4xx"
+    return "http_5xx" if status >= 500 else "bad_stream"
+
+
+def _excerpt(pieces: Sequence[bytes]) -> str:
+    """What an error's body says, short: the message of a JSON error, else the beginning of the text."""
+    text = b"".join(pieces)[:4096].decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+        value = value.get("error") or value.get("message") or value.get("detail") or value
+        text = str(value.get("message") or value) if isinstance(value, dict) else str(value)
+    except (ValueError, AttributeError):
+        pass
+    text = " ".join(text.split())
+    return text[:200] or "no text"

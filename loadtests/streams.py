@@ -1,0 +1,430 @@
+"""Reads every stream of this process in one readiness loop, so that a token costs microseconds and its time is true.
+
+A greenlet that wakes for every token is what limits a gevent driver. Here one epoll set holds all sockets and one watcher in
+gevent's hub drains whatever is ready: it takes the time before anything else, hands the bytes to httptools, and keeps each piece
+of the body with that time. Nothing is parsed while tokens arrive, and the greenlet that asked wakes once, when its stream ended.
+
+    reader = Reader(); reader.start(timeouts)
+    client = Client(reader, Target.parse("http://127.0.0.1:8000"), timeouts)
+    client.ask("/v1/completions", body, stream := Stream())     # blocks this greenlet only
+"""
+
+from __future__ import annotations
+
+import _socket
+import re
+import ssl
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import gevent
+import httptools
+from gevent import monkey, socket
+from gevent.event import Event
+
+from kilocopy.problem import ProblemError
+from kilocopy.spec import Timeouts
+
+READ_BYTES = 65536
+STREAM_BYTES_MAX = 16 * 2**20  # more than any answer; a server that sends this without end must not eat the driver's memory
+SWEEP_S = 0.1  # how often silences are looked for: timeouts are late by this at most
+TEXT_SOUGHT_BYTES_MAX = 65536  # how far to look for the first text, to know which timeout applies
+
+_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)"\s*:\s*"[^"]')
+_epoll = monkey.get_original("select", "epoll")  # gevent hides it, since it would block the hub; with a timeout of 0 it does not
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go, taken apart once."""
+
+    host: str
+    port: int
+    prefix: str
+    tls: ssl.SSLContext | None = field(compare=False)
+
+    @classmethod
+    def parse(cls, url: str) -> Target:
+        """Raises ProblemError for anything but http(s)://host[:port][/path]; a path may or may not end in /v1."""
+        try:
+            parts = urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise ProblemError(f"{url!r} is not an address: {error}") from None
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ProblemError(f"{url!r} is not an address: give http://host:port or https://host:port")
+        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        return cls(parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"), tls)
+
+    @property
+    def authority(self) -> str:
+        """host:port for the Host header, an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Stream:
+    """One request and what came back: the object that httptools calls while it parses.
+
+    `outcome` is None for an answer that came whole as far as HTTP is concerned; then `pieces` and `stamps_ns` (arrival, one for
+    each piece) say the rest. Otherwise it is one of records.OUTCOMES, with a sentence in `error`.
+    """
+
+    def __init__(self) -> None:
+        self.sent_ns: int | None = None
+        self.finished_ns = 0
+        self.status: int | None = None
+        self.content_type = b""
+        self.framed = False  # the length or the chunks say where the body ends; else the connection's end does
+        self.replica: str | None = None
+        self.pieces: list[bytes] = []
+        self.stamps_ns = array("Q")
+        self.bytes = 0
+        self.whole = False
+        self.outcome: str | None = None
+        self.error: str | None = None
+        self.ended = Event()
+        # For the sweep, which decides whether a silence is over its limit.
+        self.alive_ns = 0
+        self.has_text = False
+        self.looked_at = 0
+        # httptools calls list.append itself: no Python frame for a piece of the body.
+        self.on_body: Callable[[bytes], None] = self.pieces.append
+        self.parser = httptools.HttpResponseParser(self)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-type":
+            self.content_type = value
+        elif name in {b"transfer-encoding", b"content-length"}:
+            self.framed = True
+        elif name in {b"x-replica", b"x-replica-id", b"x-serve-replica"}:
+            self.replica = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+
+    def on_message_complete(self) -> None:
+        if self.status is not None and self.status >= 200:  # a 1xx answer only comes before the true one
+            self.whole = True
+
+    def forget(self) -> None:
+        """Be as new; for a request that is sent again since nothing came back."""
+        self.sent_ns, self.outcome, self.error = None, None, None
+        self.ended.clear()
+
+    def end(self, now_ns: int, outcome: str | None = None, error: str | None = None) -> None:
+        """The stream is over; the greenlet that waits for it is woken. Only the first call counts."""
+        if not self.ended.is_set():
+            self.finished_ns, self.outcome, self.error = now_ns, outcome, error
+            self.ended.set()
+
+
+class Connection:
+    """A socket that is registered with the reader, and the stream that is being read from it, if any."""
+
+    __slots__ = ("_decrypt", "_reader", "_tls", "closed", "fd", "served", "sock", "stream")
+
+    def __init__(self, reader: Reader, sock: _socket.socket, tls: _Tls | None) -> None:
+        self._reader, self.sock, self._tls = reader, sock, tls
+        self._decrypt = tls.decrypt if tls else None
+        self.fd = sock.fileno()
+        self.stream: Stream | None = None
+        self.closed = False
+        self.served = 0
+        reader.add(self)
+
+    def receive(self, now_ns: int) -> int:
+        """Read what is there and give it to the stream. Returns how many events came, as far as can be told from the bytes."""
+        try:
+            data = self.sock.recv(READ_BYTES)
+            if self._decrypt and data:
+                data = self._decrypt(data)
+                if not data:
+                    return 0
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._lost(now_ns, str(error))
+            return 0
+        stream = self.stream
+        if stream is None or not data:  # the server hung up, or talks without being asked
+            self._lost(now_ns, "the server closed the connection")
+            return 0
+        try:
+            stream.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.fail(now_ns, "bad_stream", f"the answer is not HTTP: {error}")
+            return 0
+        stamps_ns, pieces = stream.stamps_ns, stream.pieces
+        while len(stamps_ns) < len(pieces):
+            stamps_ns.append(now_ns)
+        stream.bytes += len(data)
+        if stream.whole:
+            self._finish(now_ns)
+        elif stream.bytes > STREAM_BYTES_MAX:
+            self.fail(now_ns, "bad_stream", f"the answer is longer than {STREAM_BYTES_MAX >> 20} MiB")
+        return data.count(b"data: {")
+
+    def send(self, data: bytes, deadline_ns: int) -> None:
+        """Hand a request to the kernel. Raises OSError where the connection is gone, TimeoutError past the deadline."""
+        view = memoryview(self._tls.encrypt(data) if self._tls else data)
+        while view:
+            try:
+                view = view[self.sock.send(view) :]
+            except BlockingIOError:
+                wait(self.fd, deadline_ns)
+
+    def _finish(self, now_ns: int) -> None:
+        stream, self.stream = self.stream, None
+        assert stream is not None  # noqa: S101
+        self.served += 1
+        if not stream.parser.should_keep_alive():
+            self.close()
+        self._reader.open_streams.discard(stream)
+        stream.end(now_ns)
+
+    def _lost(self, now_ns: int, why: str) -> None:
+        stream = self.stream
+        if stream is None:
+            self.close()
+        elif stream.status is None:
+            self.fail(now_ns, "refused", f"closed before any answer: {why}")
+        elif stream.framed:
+            self.fail(now_ns, "truncated", f"closed in the middle of the answer: {why}")
+        else:
+            stream.whole = True
+            self.close()
+            self._finish(now_ns)
+
+    def fail(self, now_ns: int, outcome: str, error: str) -> None:
+        """End the stream with a typed error. The connection is closed: what still comes from it belongs to nobody."""
+        stream, self.stream = self.stream, None
+        self.close()
+        if stream is not None:
+            self._reader.open_streams.discard(stream)
+            stream.end(now_ns, outcome, error)
+
+    def close(self) -> None:
+        """Take the socket out of the loop and close it."""
+        if not self.closed:
+            self.closed = True
+            self._reader.remove(self)
+            self.sock.close()
+
+
+class _Tls:
+    """TLS over bytes in memory, so that the readiness loop stays the only one that touches the socket."""
+
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+
+    def handshake(self, sock: socket.socket) -> None:
+        """Agree on keys over a cooperative socket. Raises OSError (ssl.SSLError, a time limit)."""
+        while True:
+            try:
+                self._session.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(self._outgoing.read())
+                data = sock.recv(READ_BYTES)
+                if not data:
+                    raise ConnectionResetError("closed during the TLS handshake") from None
+                self._incoming.write(data)
+        sock.sendall(self._outgoing.read())
+
+    def encrypt(self, data: bytes) -> bytes:
+        self._session.write(data)
+        return self._outgoing.read()
+
+    def decrypt(self, data: bytes) -> bytes:
+        """The plain bytes that these complete, maybe none. Raises ssl.SSLError where they are not TLS."""
+        self._incoming.write(data)
+        plain = []
+        try:
+            while part := self._session.read(READ_BYTES):
+                plain.append(part)
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            pass
+        return b"".join(plain)
+
+
+def wait(fd: int, deadline_ns: int) -> None:
+    """Let this greenlet sleep until a socket takes more bytes. Raises TimeoutError past the deadline."""
+    hub = gevent.get_hub()
+    watcher = hub.loop.io(fd, 2)
+    left_s = (deadline_ns - time.perf_counter_ns()) / 1e9
+    try:
+        with gevent.Timeout(max(left_s, 0.001), TimeoutError("the server does not take the request")):
+            hub.wait(watcher)
+    finally:
+        watcher.close()
+
+
+class Reader:
+    """The readiness loop: one per process. `events` counts what came, for the eye; records count exactly, later."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.open_streams: set[Stream] = set()
+        self._epoll = _epoll()
+        self._connections: dict[int, Connection] = {}
+        self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), 1)
+        self._sweeper: Any = None
+
+    def start(self, timeouts: Timeouts) -> None:
+        """Begin to watch sockets, and silences."""
+        self._watcher.start(self._drain)
+        self._sweeper = gevent.spawn(self._sweep_forever, timeouts)
+
+    def stop(self) -> None:
+        """Stop watching and close what is open."""
+        if self._sweeper is not None:
+            self._sweeper.kill()
+        self._watcher.stop()
+        self._watcher.close()
+        for connection in list(self._connections.values()):
+            connection.fail(time.perf_counter_ns(), "cancelled", "the run was stopped")
+        self._epoll.close()
+
+    def add(self, connection: Connection) -> None:
+        """Watch a connection's socket for bytes and for its end."""
+        self._connections[connection.fd] = connection
+        self._epoll.register(connection.fd, 1)  # EPOLLIN, level-triggered; a hang-up reads as an end
+
+    def remove(self, connection: Connection) -> None:
+        """Watch it no more; before its socket is closed."""
+        del self._connections[connection.fd]
+        self._epoll.unregister(connection.fd)
+
+    def _drain(self) -> None:
+        # The time first: what is ready now arrived before, whatever it costs us to read it all.
+        now_ns, events, connections = time.perf_counter_ns(), 0, self._connections
+        for fd, _ in self._epoll.poll(0):
+            connection = connections.get(fd)
+            if connection is not None:  # else closed earlier in this very pass
+                events += connection.receive(now_ns)
+        self.events += events
+
+    def _sweep_forever(self, timeouts: Timeouts) -> None:
+        while True:
+            gevent.sleep(SWEEP_S)
+            now_ns = time.perf_counter_ns()
+            for connection in [c for c in self._connections.values() if c.stream is not None]:
+                failure = overdue(connection.stream, timeouts, now_ns)
+                if failure is not None:
+                    connection.fail(now_ns, *failure)
+
+
+def overdue(stream: Stream | None, timeouts: Timeouts, now_ns: int) -> tuple[str, str] | None:
+    """The outcome and the sentence for a stream that was silent for too long; None for one that is on time.
+
+    Comments and blank lines keep a connection open but are no sign of a token: they do not count against a silence.
+    """
+    if stream is None or stream.sent_ns is None:
+        return None
+    if len(stream.pieces) > stream.looked_at:
+        stream.looked_at = len(stream.pieces)
+        last = stream.pieces[-1].strip()
+        if last and not last.startswith(b":"):
+            stream.alive_ns = stream.stamps_ns[-1]
+        if not stream.has_text:
+            stream.has_text = stream.bytes > TEXT_SOUGHT_BYTES_MAX or bool(_TEXT.search(b"".join(stream.pieces)))
+    if not stream.has_text:
+        if now_ns - stream.sent_ns > timeouts.first_token_s * 1e9:
+            return "timeout_first_token", f"no token within {timeouts.first_token_s:g} s of the request"
+    elif now_ns - stream.alive_ns > timeouts.stall_s * 1e9:
+        return "timeout_stall", f"no token for {timeouts.stall_s:g} s in the middle of the stream"
+    return None
+
+
+class Client:
+    """One copy's line to the server. Its connection is kept from request to request."""
+
+    def __init__(self, reader: Reader, target: Target, timeouts: Timeouts, api_key: str | None = None) -> None:
+        self._reader, self._target, self._timeouts = reader, target, timeouts
+        self._connection: Connection | None = None
+        headers = [f"Host: {target.authority}", "Content-Type: application/json", "Accept: text/event-stream", "User-Agent: kilocopy"]
+        if api_key:
+            headers.append(f"Authorization: Bearer {api_key}")
+        self._headers = "\r\n".join(headers)
+
+    def ask(self, path: str, body: bytes, stream: Stream) -> None:
+        """Send one request and wait until its answer ended, in whatever way; `stream` (a fresh one) takes the answer.
+
+        Never raises for what a server or the network does. Killing the greenlet ends the stream as cancelled.
+        """
+        head = f"POST {self._target.prefix}{path} HTTP/1.1\r\n{self._headers}\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
+        try:
+            reused = self._connection is not None and not self._connection.closed
+            if self._begin(stream, request):
+                stream.ended.wait()
+            # A kept connection that closes before any answer was closed while idle: that says nothing about this request.
+            if reused and stream.outcome == "refused":
+                stream.forget()
+                if self._begin(stream, request):
+                    stream.ended.wait()
+        except BaseException:  # the greenlet is being killed: leave no open stream behind
+            self._cancel(stream)
+            raise
+
+    def _cancel(self, stream: Stream) -> None:
+        now_ns = time.perf_counter_ns()
+        if self._connection is not None:
+            self._connection.fail(now_ns, "cancelled", "the run was stopped")
+        stream.end(now_ns, "cancelled", "the run was stopped")
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def _begin(self, stream: Stream, request: bytes) -> bool:
+        """Connect if need be and send. False where the stream already ended."""
+        deadline_ns = time.perf_counter_ns() + int(self._timeouts.connect_s * 1e9)
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = self._connect()
+            connection = self._connection
+            connection.stream = stream
+            self._reader.open_streams.add(stream)
+            stream.sent_ns = time.perf_counter_ns()
+            stream.alive_ns = stream.sent_ns
+            connection.send(request, deadline_ns)
+        except TimeoutError:
+            self._abandon(stream, "timeout_connect", f"no connection to {self._target.authority} within {self._timeouts.connect_s:g} s")
+            return False
+        except OSError as error:
+            # An early answer (413, 429) may lie in the socket although the rest of the request was not taken.
+            self._abandon(stream, "refused", f"{self._target.authority}: {error.strerror or error}")
+            return False
+        return True
+
+    def _abandon(self, stream: Stream, outcome: str, error: str) -> None:
+        now_ns = time.perf_counter_ns()
+        if self._connection is not None and self._connection.stream is stream:
+            self._connection.fail(now_ns, outcome, error)
+        stream.end(now_ns, outcome, error)
+
+    def _connect(self) -> Connection:
+        target, limit_s = self._target, self._timeouts.connect_s
+        sock = socket.create_connection((target.host, target.port), timeout=limit_s)
+        try:
+            sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+            tls = None
+            if target.tls is not None:
+                tls = _Tls(target.tls, target.host)
+                with gevent.Timeout(limit_s, TimeoutError("TLS handshake")):
+                    tls.handshake(sock)
+        except BaseException:
+            sock.close()
+            raise
+        # gevent's socket waits on its own watchers; from here on the readiness loop does. The C socket is the bare one.
+        bare = _socket.socket(fileno=sock.detach())
+        bare.setblocking(False)
+        return Connection(self._reader, bare, tls)
