@@ -18,6 +18,7 @@ from rich.console import Console
 from kilocopy import manifest
 
 # Pairs of Ray and vLLM that work together (README, requirements/).
+SHARED = Path("/dev/shm")  # noqa: S108  a mount of the kernel's, not a temporary file
 PAIRS = {("2.60.0", "0.29.0"), ("2.58.0", "0.26.0")}
 
 
@@ -101,11 +102,11 @@ def memory() -> Finding:
 
 
 def shared_memory() -> Finding:
-    """/dev/shm, where Ray keeps its objects."""
-    if not Path("/dev/shm").exists():  # noqa: S108
-        return Finding("/dev/shm", "note", "missing: Ray falls back to /tmp and is slower")
-    free = shutil.disk_usage("/dev/shm").free / 2**30  # noqa: S108
-    return Finding("/dev/shm", "ok" if free >= 1 else "note", f"{free:.1f} GiB free")
+    """Shared memory, where Ray keeps its objects."""
+    if not SHARED.exists():
+        return Finding("Shared memory", "note", "missing: Ray falls back to /tmp and is slower")
+    free = shutil.disk_usage(SHARED).free / 2**30
+    return Finding("Shared memory", "ok" if free >= 1 else "note", f"{free:.1f} GiB free")
 
 
 def disk() -> Finding:

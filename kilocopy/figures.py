@@ -1,27 +1,32 @@
-"""The plots of a run, one function each: what is on the axes, what the line may be drawn through, and what a reader should take from it.
+"""The plots of a run, one function each: what is on the axes, what a line may be drawn through, how to read it.
 
-Only valid stages are joined by a line. A void stage stays visible, as a hollow marker off the line; a withheld latency is not
-plotted and the caption says so. A figure without data says why instead of showing empty axes. Colours carry the load: cool for few
-copies, warm for many, the same in every figure. Ink, grid and background are the page's business, which knows light from dark.
+Void stages are off the lines: they stay visible, as hollow markers. A withheld latency is not plotted and the caption
+says so. A figure without data says why instead of showing empty axes. Colours carry the load: cool for few copies, warm
+for many, the same in every figure. Ink, grid and background are the page's business, which knows light from dark.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kilocopy.report import RATIOS, number
-from kilocopy.summary import Band, Stage, Summary
+from kilocopy.report import RATIOS, copies_label, from_spec, money, number, pages_unit
+from kilocopy.summary import Band, Bin, Stage, Summary
 
 BLUE, ORANGE, RED, GREY = "#3f7fd0", "#dd7a2f", "#d0473d", "#8b919c"
 LOADS = ((63, 120, 205), (38, 157, 178), (72, 162, 98), (201, 160, 38), (222, 118, 46), (204, 70, 66))
-_TICKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+_COURSES: tuple[tuple[int, str, str, dict[str, Any]], ...] = (  # panel, field of a Bin, name, line
+    (1, "output_tokens_per_s", "output tokens/s", {"color": BLUE}),
+    (2, "in_flight", "in flight (driver)", {"color": ORANGE}),
+    (2, "server_running", "running (servers)", {"color": GREY, "dash": "dot"}),
+    (2, "server_waiting", "waiting (servers)", {"color": RED, "dash": "dot"}),
+)
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,6 @@ def figures(summary: Summary) -> list[Figure]:
     ]
 
 
-def slo_limits(summary: Summary) -> dict[str, Any]:
-    """The SLO as the manifest has it: beside the spec or in it. Empty where the manifest says nothing."""
-    spec = summary.run.get("spec")
-    found = summary.run.get("slo") or (spec.get("slo") if isinstance(spec, dict) else None)
-    return found if isinstance(found, dict) else {}
-
-
 def throughput(summary: Summary) -> Figure:
     """Copies against tokens/s: in all (left, log-log, with perfect scaling dotted) and of one copy (right, with the SLO)."""
     head = "Copies against speed"
@@ -64,22 +62,34 @@ def throughput(summary: Summary) -> Figure:
     valid, void = _split(stages)
     for group, style in ((valid, _solid(BLUE)), (void, _hollow())):
         if group:
-            plot.add_trace(go.Scatter(x=_asked(group), y=[_total(s) for s in group], error_y=_interval_bars(group), **style), 1, 1)
+            plot.add_trace(
+                go.Scatter(x=_asked(group), y=[_total(s) for s in group], error_y=_interval_bars(group, style["marker"]["color"]), **style),
+                1,
+                1,
+            )
             per_copy = [s.throughput.output_tokens_per_s_per_copy if s.throughput else None for s in group]
             plot.add_trace(go.Scatter(x=_asked(group), y=per_copy, **{**style, "showlegend": False}), 1, 2)
     if valid:
         plot.add_trace(_perfect(valid[0], max(_asked(stages))), 1, 1)
-    speed = slo_limits(summary).get("tokens_per_s_per_copy")
+    speed = from_spec(summary, "slo").get("tokens_per_s_per_copy")
     if speed:
         plot.add_hline(y=speed, line={"color": RED, "dash": "dash", "width": 1.5}, row=1, col=2)
         plot.add_annotation(
-            text=f"SLO: {number(speed)} tokens/s per copy", x=0, xref="x2 domain", xanchor="left", y=speed, yref="y2", yanchor="bottom",
-            showarrow=False, font={"color": RED},
-        )  # fmt: skip
+            text=f"SLO: {speed:g} tokens/s",
+            x=0,
+            xref="x2 domain",
+            xanchor="left",
+            y=speed,
+            yref="y2",
+            yanchor="bottom",
+            showarrow=False,
+            font={"color": RED},
+        )
     plot.update_xaxes(**_copies_axis(stages))
-    plot.update_yaxes(title="output tokens/s, all copies", type="log", dtick="D2", row=1, col=1)
+    every = [_total(stage) for stage in stages]
+    plot.update_yaxes(title="output tokens/s, all copies", **_log_ticks(every), row=1, col=1)
     plot.update_yaxes(title="output tokens/s, one copy", rangemode="tozero", row=1, col=2)
-    caption = "Left: all copies together, bars are 95 % intervals; the dotted line is the first valid stage times the copies. Right: what one copy gets."
+    caption = "Left: all copies together, with 95 % intervals; dotted: the first valid stage, scaled perfectly. Right: one copy."
     return Figure("plot-throughput", head, caption + _void_note(void), _dressed(plot))
 
 
@@ -90,39 +100,58 @@ def page_cost(summary: Summary) -> Figure:
     if not stages:
         return Figure("plot-cost", head, "", missing="No stage has a price per page.")
     valid, void = _split(stages)
-    per, unit = (1000, "$ per 1,000 pages") if min(_mid(stage) for stage in stages) < 0.01 else (1, "$ per page")
+    per = pages_unit(summary)
+    unit = "$ per page" if per == 1 else f"$ per {per:,} pages"
     plot = go.Figure()
     if any(_low_high(stage) for stage in valid):
         edges = [(stage.copies.asked, *(_low_high(stage) or (_mid(stage), _mid(stage)))) for stage in valid]
         plot.add_trace(
             go.Scatter(
-                x=[e[0] for e in edges] + [e[0] for e in reversed(edges)], y=[e[1] * per for e in edges] + [e[2] * per for e in reversed(edges)],
-                fill="toself", fillcolor="rgba(63,127,208,0.18)", line={"width": 0}, mode="lines", hoverinfo="skip", name="low to high of the assumed prices",
+                x=[e[0] for e in edges] + [e[0] for e in reversed(edges)],
+                y=[e[1] * per for e in edges] + [e[2] * per for e in reversed(edges)],
+                fill="toself",
+                fillcolor="rgba(63,127,208,0.18)",
+                line={"width": 0},
+                mode="lines",
+                hoverinfo="skip",
+                name="price band",
             )
-        )  # fmt: skip
+        )
     for group, style in ((valid, _solid(BLUE)), (void, _hollow())):
         if group:
             plot.add_trace(go.Scatter(x=_asked(group), y=[_mid(stage) * per for stage in group], **style))
     plot.update_xaxes(**_copies_axis(stages))
-    plot.update_yaxes(title=unit, type="log", dtick="D2", tickprefix="$")
-    caption = "What more copies on the same hardware do to the price of a page. The band is over the assumed prices, not over measurement error."
+    edge_values = [end * per for stage in stages for end in (_low_high(stage) or (_mid(stage),))]
+    plot.update_yaxes(title=unit, **_log_ticks(edge_values, money))
+    caption = "The same hardware, shared by more copies. The band is over the assumed prices, not measurement error."
     return Figure("plot-cost", head, caption + _void_note(void), _dressed(plot))
 
 
 def time_to_first_token(summary: Summary) -> Figure:
-    """The share of requests whose first token had come by a time, a curve per stage."""
+    """How long the first token took, from the median to the tail, a curve per stage."""
     return _distribution(
-        summary, "ttft_values_s", "plot-ttft", "Time to first token", "time to first token (ms)", limit_s=slo_limits(summary).get("ttft_s")
+        summary,
+        field="ttft_values_s",
+        name="plot-ttft",
+        head="Time to first token",
+        axis="time to first token (ms)",
+        limit_s=from_spec(summary, "slo").get("ttft_s"),
     )
 
 
 def inter_chunk_latency(summary: Summary) -> Figure:
-    """The share of gaps between chunks that were shorter than a time, a curve per stage."""
-    return _distribution(summary, "icl_values_s", "plot-icl", "Inter-chunk latency", "gap between two chunks of a stream (ms)")
+    """How long the gaps between chunks were, from the median to the tail, a curve per stage."""
+    return _distribution(
+        summary,
+        field="icl_values_s",
+        name="plot-icl",
+        head="Inter-chunk latency",
+        axis="gap between two chunks of a stream (ms)",
+    )
 
 
-def _distribution(summary: Summary, field: str, name: str, head: str, axis: str, limit_s: float | None = None) -> Figure:
-    """Cumulative distributions of raw values, times on a log axis, with p50 and p99 as lines to read off."""
+def _distribution(summary: Summary, *, field: str, name: str, head: str, axis: str, limit_s: float | None = None) -> Figure:
+    """Percentiles of raw values on an axis that stretches towards the tail, times on a log axis."""
     hidden = [stage.copies.asked for stage in summary.stages if stage.verdict.level == "latency_withheld"]
     note = f" Withheld at {_listed(hidden)} copies: see the verdict." if hidden else ""
     stages = [stage for stage in summary.stages if any(value > 0 for value in getattr(stage, field))]
@@ -130,26 +159,49 @@ def _distribution(summary: Summary, field: str, name: str, head: str, axis: str,
         return Figure(name, head, "", missing=f"No latency was kept for a plot.{note}")
     plot = go.Figure()
     for stage in stages:
-        values = sorted(value for value in getattr(stage, field) if value > 0)
-        plot.add_trace(
-            go.Scatter(
-                x=[float(f"{value * 1e3:.4g}") for value in values], y=[float(f"{(i + 1) / len(values) * 100:.4g}") for i in range(len(values))],
-                mode="lines", line={"color": load_colour(summary, stage), "width": 2, "shape": "hv", "dash": "dot" if _is_void(stage) else "solid"},
-                name=f"{_copies_label(stage)}{' (void)' if _is_void(stage) else ''}",
-                hovertemplate="%{y:.3g} % under %{x:.3g} ms<extra>%{fullData.name}</extra>",
-            )
-        )  # fmt: skip
-    for share in (50, 99):
-        plot.add_hline(y=share, line={"color": GREY, "dash": "dot", "width": 1})
-        plot.add_annotation(text=f"p{share}", x=1, xref="paper", xanchor="left", y=share, showarrow=False, font={"color": GREY, "size": 11})
+        plot.add_trace(_percentile_curve(summary, stage, [value * 1e3 for value in getattr(stage, field) if value > 0]))
     if limit_s:
         plot.add_vline(x=limit_s * 1e3, line={"color": RED, "dash": "dash", "width": 1.5})
         plot.add_annotation(
-            text="SLO", x=math.log10(limit_s * 1e3), xanchor="right", y=0, yanchor="bottom", showarrow=False, font={"color": RED},
-        )  # fmt: skip
-    plot.update_xaxes(title=axis, type="log", dtick="D2")
-    plot.update_yaxes(title="share of values (%)", range=[0, 102])
-    return Figure(name, head, f"Share of values at or under a time, log scale; right of the p99 crossing is the tail.{note}", _dressed(plot))
+            text=f"SLO {limit_s:g} s",
+            x=math.log10(limit_s * 1e3),
+            y=1,
+            yref="paper",
+            xanchor="right",
+            yanchor="top",
+            showarrow=False,
+            font={"color": RED},
+        )
+    most = max(len(getattr(stage, field)) for stage in stages)
+    spread = [value * 1e3 for stage in stages for value in getattr(stage, field) if value > 0]
+    plot.update_xaxes(title=axis, **_log_ticks(spread))
+    plot.update_yaxes(title="percentile (%)", range=[0, math.log10(2 * most) * 1.02], **_percentile_ticks(most))
+    caption = "How many of the values are at or under a time; the axis stretches towards the tail, as HdrHistogram's does."
+    return Figure(name, head, caption + note, _dressed(plot))
+
+
+def _percentile_curve(summary: Summary, stage: Stage, values: list[float]) -> go.Scatter:
+    """A stage's values against their percentile, p plotted at -log10(1 - p)."""
+    count, void = len(values), _is_void(stage)
+    shares = [(i + 0.5) / count for i in range(count)]
+    return go.Scatter(
+        x=[float(f"{value:.4g}") for value in sorted(values)],
+        y=[float(f"{-math.log10(1 - share):.4g}") for share in shares],
+        customdata=[float(f"{share * 100:.4g}") for share in shares],
+        mode="lines",
+        line={"color": load_colour(summary, stage), "width": 2, "dash": "dot" if void else "solid"},
+        name=f"{copies_label(stage.copies.asked)}{' (void)' if void else ''}",
+        hovertemplate="%{customdata} % within %{x:.3g} ms<extra>%{fullData.name}</extra>",
+    )
+
+
+def _percentile_ticks(most: int) -> dict[str, Any]:
+    """Ticks of the percentile axis as far as so many values reach."""
+    shares = [share for share in (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999) if share < 1 - 0.5 / most]
+    return {
+        "tickvals": [-math.log10(1 - share) for share in shares],
+        "ticktext": [f"{share * 100:g}" for share in shares],
+    }
 
 
 def timeline(summary: Summary) -> Figure:
@@ -159,31 +211,44 @@ def timeline(summary: Summary) -> Figure:
     if not bins:
         return Figure("plot-timeline", head, "", missing="No second of this run was recorded.")
     plot = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.55, 0.45])
-    times = [one.t_s for one in bins]
-
-    def add(row: int, values: Sequence[float | None], label: str, colour: str, dash: str = "solid") -> None:
+    for row, name, label, line in _COURSES:
+        values = [getattr(one, name) for one in bins]
         if any(value is not None for value in values):
-            line = {"color": colour, "width": 1.5, "dash": dash}
-            plot.add_trace(go.Scatter(x=times, y=[_short(v) for v in values], mode="lines", line=line, name=label, connectgaps=False), row, 1)
-
-    add(1, [one.output_tokens_per_s for one in bins], "output tokens/s", BLUE)
-    add(2, [one.in_flight for one in bins], "in flight (driver)", ORANGE)
-    add(2, [one.server_running for one in bins], "running (servers)", GREY, "dot")
-    add(2, [one.server_waiting for one in bins], "waiting (servers)", RED, "dot")
+            plot.add_trace(_course([one.t_s for one in bins], values, label, line), row, 1)
     failed = [one for one in bins if one.errors]
     if failed:
-        plot.add_trace(
-            go.Scatter(
-                x=[one.t_s for one in failed], y=[0] * len(failed), mode="markers", marker={"color": RED, "symbol": "x", "size": 7}, name="seconds with errors",
-                customdata=[one.errors for one in failed], hovertemplate="%{customdata} errors<extra></extra>",
-            ), 2, 1,
-        )  # fmt: skip
+        plot.add_trace(_failures(failed), 2, 1)
     for stage in summary.stages:
         _shade(plot, summary, stage)
     plot.update_xaxes(title="seconds since the run's first event", row=2, col=1)
     plot.update_yaxes(title="output tokens/s", rangemode="tozero", row=1, col=1)
     plot.update_yaxes(title="copies", rangemode="tozero", row=2, col=1)
-    return Figure("plot-timeline", head, "Shaded: the windows that count. Ramps, drains and the time between stages are outside them.", _dressed(plot))
+    return Figure(
+        "plot-timeline",
+        head,
+        "Shaded: the windows that count. Ramps, drains and the time between stages are outside them.",
+        _dressed(plot, top=64),
+    )
+
+
+def _course(times_s: list[float], values: list[float | None], label: str, line: dict[str, Any]) -> go.Scatter:
+    """One quantity over the run; a second without a value is a gap."""
+    rounded = [None if value is None else float(f"{value:.5g}") for value in values]
+    return go.Scatter(x=times_s, y=rounded, mode="lines", line={"width": 1.5, **line}, name=label, connectgaps=False)
+
+
+def _failures(bins: list[Bin]) -> go.Scatter:
+    """The seconds in which requests failed, as crosses on the axis."""
+    return go.Scatter(
+        x=[one.t_s for one in bins],
+        y=[0] * len(bins),
+        mode="markers",
+        marker={"color": RED, "symbol": "x", "size": 8},
+        name="seconds with errors",
+        customdata=[one.errors for one in bins],
+        hovertemplate="%{customdata} errors<extra></extra>",
+        cliponaxis=False,
+    )
 
 
 def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
@@ -192,42 +257,84 @@ def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
         return
     void = _is_void(stage)
     plot.add_shape(
-        type="rect", x0=stage.window.start_s, x1=stage.window.end_s, y0=0, y1=1, xref="x", yref="paper", layer="below",
-        fillcolor=GREY if void else load_colour(summary, stage), opacity=0.16, line={"width": 0},
-    )  # fmt: skip
+        type="rect",
+        x0=stage.window.start_s,
+        x1=stage.window.end_s,
+        y0=0,
+        y1=1,
+        xref="x",
+        yref="paper",
+        layer="below",
+        fillcolor=GREY if void else load_colour(summary, stage),
+        opacity=0.16,
+        line={"width": 0},
+    )
     plot.add_annotation(
-        text=f"{_copies_label(stage)}{' (void)' if void else ''}", x=(stage.window.start_s + stage.window.end_s) / 2, xref="x", y=1, yref="paper",
-        yanchor="bottom", showarrow=False, font={"size": 11},
-    )  # fmt: skip
+        text=f"{copies_label(stage.copies.asked)}{' (void)' if void else ''}",
+        x=(stage.window.start_s + stage.window.end_s) / 2,
+        xref="x",
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        showarrow=False,
+        font={"size": 11},
+    )
 
 
 def overhang(summary: Summary) -> Figure:
-    """Training over running, a bar per ratio from one page upwards, log scale."""
-    head = "The overhang"
+    """Training over running, a bar per ratio from one page upwards, log scale; a ratio without a figure has no bar."""
+    head = "Pages whose running takes what the training took"
     told = summary.overhang
-    ratios = [ratio for ratio in told.ratios if ratio.ratio_pages] if told else []
-    if told is None or not ratios:
-        return Figure("plot-overhang", head, "", missing="The run states no training cost, so there is nothing to set against the running.")
-    plot, bands = go.Figure(), [ratio.ratio_pages or Band(mid=1) for ratio in ratios]
-    plot.add_trace(
-        go.Bar(
-            x=[one.mid for one in bands], y=[RATIOS[ratio.name] for ratio in ratios], orientation="h", marker={"color": BLUE}, width=0.55,
-            error_x={
-                "type": "data", "symmetric": False, "color": GREY, "thickness": 1.5,
-                "array": [(one.high or one.mid) - one.mid for one in bands], "arrayminus": [one.mid - (one.low or one.mid) for one in bands],
-            },
-            hovertemplate="%{y}: %{x:.3g}<extra></extra>", showlegend=False,
-        )
-    )  # fmt: skip
-    top = max(one.high or one.mid for one in bands)
-    for ratio, one in zip(ratios, bands, strict=True):
+    bands = {RATIOS[ratio.name]: ratio.ratio_pages for ratio in told.ratios} if told else {}
+    known = {name: one for name, one in bands.items() if one}
+    if told is None or not known:
+        why = "No ratio: the run states no training cost, or no stage that counts has a price."
+        return Figure("plot-overhang", head, "", missing=why)
+    plot = go.Figure(_ratio_bars(known))
+    for name, one in bands.items():
         plot.add_annotation(
-            text=f"<b>{number(one.mid)}</b>", x=math.log10(one.high or one.mid), y=RATIOS[ratio.name], xanchor="left", xshift=8, showarrow=False
+            text=f"<b>{number(one.mid)}</b>" if one else "–, see the table",
+            x=math.log10(one.high or one.mid) if one else 0,
+            y=name,
+            xanchor="left",
+            xshift=8,
+            showarrow=False,
         )
-    plot.update_xaxes(title=html.escape(told.ratio_unit), type="log", range=[0, math.log10(max(top, 10)) * 1.2], exponentformat="power", dtick=1)
-    plot.update_yaxes(autorange="reversed")
-    caption = "How many pages it takes to have spent on running what the training took. A bar starts at one page; every gridline is ten times the last."
-    return Figure("plot-overhang", head, caption, _dressed(plot))
+    top = max(one.high or one.mid for one in known.values())
+    powers = range(0, math.ceil(math.log10(max(top, 10)) * 1.15) + 1)
+    plot.update_xaxes(
+        title=f"{html.escape(told.ratio_unit)}, log scale",
+        type="log",
+        range=[0, powers[-1]],
+        tickvals=[10.0**power for power in powers],
+        ticktext=[number(10.0**power).replace(".00", "").replace("0.0 ", "0 ").replace(".", "") for power in powers],
+    )
+    plot.update_yaxes(categoryorder="array", categoryarray=list(bands)[::-1], range=[-0.5, len(bands) - 0.5])
+    caption = "Bars start at one page; each gridline is ten times the last. Whiskers are over the assumed inputs."
+    return Figure("plot-overhang", head, caption, _dressed(plot, top=12))
+
+
+def _ratio_bars(known: dict[str, Band]) -> go.Bar:
+    """A bar per ratio, with its band as a whisker."""
+    bands = list(known.values())
+    whisker = {
+        "type": "data",
+        "symmetric": False,
+        "color": GREY,
+        "thickness": 1.5,
+        "array": [(one.high or one.mid) - one.mid for one in bands],
+        "arrayminus": [one.mid - (one.low or one.mid) for one in bands],
+    }
+    return go.Bar(
+        x=[one.mid for one in bands],
+        y=list(known),
+        orientation="h",
+        marker={"color": BLUE},
+        width=0.55,
+        error_x=whisker,
+        hovertemplate="%{y}: %{x:.3g}<extra></extra>",
+        showlegend=False,
+    )
 
 
 def load_colour(summary: Summary, stage: Stage) -> str:
@@ -271,14 +378,6 @@ def _low_high(stage: Stage) -> tuple[float, float] | None:
     return (usd.low, usd.high) if usd and usd.low is not None and usd.high is not None else None
 
 
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
-
-
-def _copies_label(stage: Stage) -> str:
-    return f"{stage.copies.asked:,} cop{'y' if stage.copies.asked == 1 else 'ies'}"
-
-
 def _listed(values: list[int]) -> str:
     return ", ".join(f"{value:,}" for value in values)
 
@@ -289,21 +388,34 @@ def _void_note(void: list[Stage]) -> str:
 
 def _solid(colour: str) -> dict[str, Any]:
     """A line through valid stages."""
-    return {"mode": "lines+markers", "line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 8}, "name": "measured"}
+    return {
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 2},
+        "marker": {"color": colour, "size": 8},
+        "name": "measured",
+    }
 
 
 def _hollow() -> dict[str, Any]:
     """Void stages: markers only, not filled."""
-    return {"mode": "markers", "marker": {"color": GREY, "size": 10, "symbol": "circle-open", "line": {"width": 2}}, "name": "void"}
+    return {
+        "mode": "markers",
+        "marker": {"color": GREY, "size": 10, "symbol": "circle-open", "line": {"width": 2}},
+        "name": "void",
+    }
 
 
-def _interval_bars(stages: list[Stage]) -> dict[str, Any]:
+def _interval_bars(stages: list[Stage], colour: str) -> dict[str, Any]:
     """95 % intervals of the tokens/s as error bars."""
     values = [stage.throughput.output_tokens_per_s for stage in stages if stage.throughput]
     return {
-        "type": "data", "symmetric": False, "thickness": 1.5,
-        "array": [(one.high or one.value) - one.value for one in values], "arrayminus": [one.value - (one.low or one.value) for one in values],
-    }  # fmt: skip
+        "type": "data",
+        "symmetric": False,
+        "thickness": 1.5,
+        "color": colour,
+        "array": [(one.high or one.value) - one.value for one in values],
+        "arrayminus": [one.value - (one.low or one.value) for one in values],
+    }
 
 
 def _perfect(first: Stage, most: int) -> go.Scatter:
@@ -311,7 +423,14 @@ def _perfect(first: Stage, most: int) -> go.Scatter:
     per_copy = _total(first) / first.copies.asked
     ends = [first.copies.asked, max(most, first.copies.asked)]
     line = {"color": GREY, "dash": "dot", "width": 1.5}
-    return go.Scatter(x=ends, y=[per_copy * copies for copies in ends], mode="lines", line=line, name="perfect scaling", hoverinfo="skip")
+    return go.Scatter(
+        x=ends,
+        y=[per_copy * copies for copies in ends],
+        mode="lines",
+        line=line,
+        name="perfect scaling",
+        hoverinfo="skip",
+    )
 
 
 def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
@@ -319,18 +438,47 @@ def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
     loads = sorted(set(_asked(stages)))
     pad = max(0.08, 0.04 * math.log10(loads[-1] / loads[0]))
     return {
-        "title": "copies asked for", "type": "log", "tickvals": loads, "ticktext": [f"{load:,}" for load in loads],
+        "title": "copies asked for",
+        "type": "log",
+        "tickvals": loads,
+        "ticktext": [f"{load:,}" for load in loads],
         "range": [math.log10(loads[0]) - pad, math.log10(loads[-1]) + pad],
-    }  # fmt: skip
+    }
 
 
-def _dressed(plot: go.Figure) -> go.Figure:
+def _log_ticks(values: list[float], write: Callable[[float | None], str] = number) -> dict[str, Any]:
+    """A log axis labelled at 1, 2 and 5 of each decade that the values touch; at 1 alone where they span many."""
+    known = [value for value in values if value > 0] or [1.0]
+    first, last = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    steps = (1, 2, 5) if math.log10(max(known) / min(known)) < 2.5 else (1,)
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [_trimmed(write(tick)) for tick in ticks]}
+
+
+def _trimmed(label: str) -> str:
+    """A tick's label without digits that say nothing: 0.100 is 0.1."""
+    return label.rstrip("0").rstrip(".") if "." in label and "e" not in label and " " not in label else label
+
+
+def _dressed(plot: go.Figure, top: int = 44) -> go.Figure:
     """What all figures share: no background of their own, a legend above, room for titles."""
     plot.update_layout(
-        template=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 64, "r": 28, "t": 44, "b": 52},
-        font={"family": "system-ui, sans-serif", "size": 12}, hovermode="closest", dragmode=False,
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-    )  # fmt: skip
+        template=None,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 64, "r": 28, "t": top, "b": 52},
+        font={"family": "system-ui, sans-serif", "size": 12},
+        hovermode="closest",
+        dragmode=False,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02 if top < 60 else 1.08,
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
+    )
     plot.update_xaxes(zeroline=False, ticks="outside", ticklen=4, automargin=True)
     plot.update_yaxes(zeroline=False, automargin=True)
     return plot

@@ -1,8 +1,9 @@
-"""The report as one HTML file: it opens without a network, says the same thing every time, and runs nothing that a name could smuggle in.
+"""The report as one HTML file: it opens without a network, and runs nothing that a name could smuggle in.
 
-Figures become strings here, with the terminal report's notation; the template only places them, and escapes all of them. Plotly and
-the page's own script are inlined, and a content security policy names both by their hash, so that a browser runs these two and
-nothing else, and loads nothing from anywhere. There is no time of rendering in it: the same summary gives the same bytes.
+Figures become strings here, with the terminal report's notation; the template only places them, and escapes all of
+them. Plotly and the page's own script are inlined, and a content security policy names both by their hash, so that a
+browser runs these two and nothing else, and loads nothing from anywhere. There is no time of rendering in it: the same
+summary gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,26 @@ from plotly.offline import get_plotlyjs
 
 from kilocopy import report
 from kilocopy.figures import Figure, figures
-from kilocopy.report import DASH, band, interval, latency, money, money_small, number, percent, seconds
+from kilocopy.report import DASH, band, copies_label, counted, from_spec, interval, latency, money, number, percent, seconds, times
 from kilocopy.summary import Cost, Ratio, Stage, Summary
 
-HUMANS = {"238": "read at 238 words/min", "150": "spoken at 150 words/min", "600": "thought at 600 words/min (10 words/s)"}
+HUMANS = {
+    "238": "read at 238 words/min",
+    "150": "spoken at 150 words/min",
+    "600": "thought at 600 words/min (10 words/s)",
+}
 CONDITIONS = {
-    "id": "Run", "started_at": "Started", "model": "Model", "url": "Endpoint", "driver_shares_host": "Driver shares the serving host",
-    "hardware": "Hardware", "versions": "Versions", "spec_sha256": "Hash of the spec", "git_commit": "Commit", "seed": "Seed", "slo": "SLO",
-}  # fmt: skip
+    "id": "Run",
+    "started_at": "Started",
+    "url": "Endpoint",
+    "driver_shares_host": "Driver shares the serving host",
+    "hardware": "Driver's host",
+    "versions": "Versions",
+    "spec_sha256": "Hash of the spec",
+    "git_commit": "Commit",
+    "seed": "Seed",
+}
+SHOWN_ELSEWHERE = {"spec", "prices", "name", "schema_version", "kilocopy_version"}
 SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -48,13 +61,21 @@ matchMedia("print").addEventListener("change", draw);
 def render_html(summary: Summary) -> str:
     """The whole report as one self-contained page; byte for byte the same from the same summary."""
     drawn = figures(summary)
+    pages = report.pages_unit(summary)
     plotly = get_plotlyjs()
-    environment = Environment(loader=PackageLoader("kilocopy"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("kilocopy"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template("report.html.j2").render(
         summary=summary,
         name=str(summary.run.get("name") or summary.run.get("id") or "run"),
         cards=_cards(summary),
-        stages=[_stage(stage) for stage in summary.stages],
+        stages=[_stage(stage, pages) for stage in summary.stages],
+        money_unit="$/page" if pages == 1 else f"$ per {pages:,} pages",
         figures=drawn,
         ratios=[_ratio(ratio) for ratio in summary.overhang.ratios] if summary.overhang else [],
         n_cluster=number(summary.overhang.n_cluster) if summary.overhang else DASH,
@@ -89,16 +110,16 @@ def _cards(summary: Summary) -> list[dict[str, str]]:
     """The five figures of the answer, all from one stage, each with its range and what it rests on."""
     stage = report.shown_stage(summary)
     if stage is None or stage.throughput is None:
-        why = "no valid stage"
-        return [_card(label, DASH, why, "", "none") for label in ("copies (N_SLO)", "tokens/s", "pages/hour", "$/page", "Wh/page")]
+        why = "there is no valid stage"
+        return [_card(label, DASH, why, "", "not measured") for label in ("copies (N_SLO)", "tokens/s", "pages/hour", "$/page", "Wh/page")]
     n_slo, through, cost = summary.headline.n_slo, stage.throughput, stage.cost
-    at = f"at {stage.copies.asked:,} copies, stage {stage.index}"
+    at = f"at {copies_label(stage.copies.asked)}, stage {stage.index}"
     value, spread = report.estimate(through.output_tokens_per_s)
     return [
         _card("copies (N_SLO)", f"{n_slo:,}" if n_slo is not None else DASH, _slo_detail(summary, stage), "", "measured"),
         _card("output tokens/s", value, spread, at, "measured"),
         _card("pages/hour", number(through.pages_per_hour), f"{summary.page_words} words each", at, "measured"),
-        _cost_card(cost, at),
+        _cost_card(cost, at, report.pages_unit(summary)),
         _energy_card(cost, at),
     ]
 
@@ -115,15 +136,16 @@ def _slo_detail(summary: Summary, stage: Stage) -> str:
     return f"{percent(held)} of the streams held the SLO" if held is not None else "held the SLO"
 
 
-def _cost_card(cost: Cost | None, at: str) -> dict[str, str]:
-    """Money for a page: measured pages at stated prices."""
+def _cost_card(cost: Cost | None, at: str, pages: int) -> dict[str, str]:
+    """Money for a page, or for so many: measured pages at stated prices."""
+    unit = "per page" if pages == 1 else f"per {pages:,} pages"
     if cost is None or cost.usd_per_page is None:
-        return _card("$/page", DASH, "no price could be made", at, "none")
-    usd = cost.usd_per_page
-    detail = "; ".join(part for part in (interval(usd.low, usd.high, money), money_small(usd.mid)) if part)
+        return _card("$/page", DASH, "this stage has no price", at, "not priced")
+    usd, each = times(cost.usd_per_page, pages), money(cost.usd_per_page.mid)
+    parts = (interval(usd.low, usd.high, money), f"{each} a page" if pages > 1 else "")
     energy = {"measured": "energy measured", "assumed": "energy assumed", "not_measured": "energy not measured"}[cost.energy_source]
     source = "stated rent" if cost.hardware_kind == "rented" else f"stated prices, {energy}"
-    return _card(f"per page, {cost.hardware_kind}", money(usd.mid), detail, at, source)
+    return _card(f"{unit}, {cost.hardware_kind}", money(usd.mid), "; ".join(filter(None, parts)), at, source)
 
 
 def _energy_card(cost: Cost | None, at: str) -> dict[str, str]:
@@ -131,15 +153,18 @@ def _energy_card(cost: Cost | None, at: str) -> dict[str, str]:
     if cost is None or cost.wh_per_page is None:
         return _card("Wh/page", DASH, "no meter was read and no power was stated", at, "not measured")
     wh = cost.wh_per_page
-    detail = "; ".join(part for part in (interval(wh.low, wh.high), f"boundary: {cost.energy_boundary}" if cost.energy_boundary else "") if part)
+    detail = "; ".join(
+        part for part in (interval(wh.low, wh.high), f"boundary: {cost.energy_boundary}" if cost.energy_boundary else "") if part
+    )
     return _card("Wh/page", number(wh.mid), detail, at, report.SOURCES[cost.energy_source])
 
 
-def _stage(stage: Stage) -> dict[str, Any]:
+def _stage(stage: Stage, pages: int) -> dict[str, Any]:
     """A row of the stage table: each cell is a main line and a small one."""
     through, cost, copies = stage.throughput, stage.cost, stage.copies
     total = report.estimate(through.output_tokens_per_s) if through else (DASH, "")
-    usd, wh = (cost.usd_per_page, cost.wh_per_page) if cost else (None, None)
+    usd = times(cost.usd_per_page, pages) if cost and cost.usd_per_page else None
+    wh = cost.wh_per_page if cost else None
     return {
         "level": stage.verdict.level,
         "badge": report.BADGES[stage.verdict.level],
@@ -171,28 +196,37 @@ def _ratio(ratio: Ratio) -> dict[str, str]:
     """A row of the overhang table."""
     return {
         "name": report.RATIOS[ratio.name],
-        "training": f"{number(ratio.training)} {ratio.training_unit}" if ratio.training is not None else DASH,
-        "running": f"{number(ratio.running_per_page)} {ratio.running_unit}" if ratio.running_per_page is not None else DASH,
+        "training": _quantity(ratio.training, ratio.training_unit),
+        "running": _quantity(ratio.running_per_page, ratio.running_unit),
         "pages": band(ratio.ratio_pages),
         "source": ratio.training_source,
         "sentence": ratio.sentence,
     }
 
 
+def _quantity(value: float | None, unit: str) -> str:
+    """A number with its unit; dollars go in front."""
+    if value is None:
+        return DASH
+    return f"{money(value)} {unit[1:]}".rstrip() if unit.startswith("$") else f"{number(value)} {unit}"
+
+
 def _humans(summary: Summary) -> list[tuple[str, str]]:
     """Throughput equivalents at the stage shown: how many people at these speeds make as many words."""
     stage = report.shown_stage(summary)
-    return [(HUMANS.get(speed, f"{speed} words/min"), number(count)) for speed, count in sorted(stage.copies.n_human.items())] if stage else []
+    return (
+        [(HUMANS.get(speed, f"{speed} words/min"), number(count)) for speed, count in sorted(stage.copies.n_human.items())] if stage else []
+    )
 
 
 def _checks(summary: Summary) -> list[dict[str, str]]:
     """A row per identity check."""
     return [
         {
-            "stage": f"{stage.index} ({stage.copies.asked:,} copies)",
+            "stage": f"{stage.index} ({copies_label(stage.copies.asked)})",
             "name": report.CHECKS.get(check.name, check.name),
-            "left": number(check.left),
-            "right": number(check.right),
+            "left": counted(check.left),
+            "right": counted(check.right),
             "apart": percent(check.deviation_fraction),
             "limit": percent(check.limit_fraction),
             "outcome": check.outcome,
@@ -222,26 +256,38 @@ def _stated(value: Any) -> str:
 
 
 def _conditions(summary: Summary) -> list[tuple[str, str]]:
-    """What the run was done with: the named conditions first, then whatever else the manifest says, except the spec."""
-    run = {key: value for key, value in summary.run.items() if key not in {"spec", "prices"} and value is not None}
-    known = [(label, _words(run.pop(key))) for key, label in CONDITIONS.items() if key in run]
-    return known + [(key.replace("_", " "), _words(value)) for key, value in sorted(run.items())]
+    """What the run was done with: the named conditions first, then whatever else the manifest says."""
+    run = {key: value for key, value in summary.run.items() if key not in SHOWN_ELSEWHERE}
+    spec = [(part.upper() if part == "slo" else part.capitalize(), from_spec(summary, part)) for part in ("model", "slo")]
+    known = [(label, run.pop(key, None)) for key, label in CONDITIONS.items()]
+    rest = [(key.replace("_", " ").capitalize(), value) for key, value in sorted(run.items())]
+    return [(label, _words(value)) for label, value in [*spec, *known, *rest]]
 
 
 def _words(value: Any) -> str:
-    """A value of the manifest as words: `key value` pairs for mappings."""
+    """A value of the manifest as words: `key value` pairs for mappings; nested ones in brackets."""
+    if value is None or value == {}:
+        return f"{DASH} (not recorded)"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {_nested(part)}" for key, part in value.items() if part is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(_words(part) for part in value)
+        return ", ".join(_nested(part) for part in value) or DASH
     return str(value)
+
+
+def _nested(value: Any) -> str:
+    """A value inside another one."""
+    return f"({_words(value)})" if isinstance(value, dict) else _words(value)
 
 
 def _rules(summary: Summary) -> list[tuple[str, str]]:
     """How each stage's window was found, with its length."""
     return [
-        (f"Stage {stage.index}", f"{seconds(stage.window.duration_s)}: {stage.window.rule}." if stage.window else "no window was found.")
+        (
+            f"Stage {stage.index}",
+            f"{seconds(stage.window.duration_s)}: {stage.window.rule}." if stage.window else "no window was found.",
+        )
         for stage in summary.stages
     ]

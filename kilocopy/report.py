@@ -1,17 +1,19 @@
 """The report as a person reads it in a terminal, and the notation that the HTML page shares with it.
 
-The answer comes first, as one sentence; then every stage with its verdict, then what it costs, then what did not add up. A figure
-has its unit and three significant digits. A figure that does not exist is a dash and a reason, never a zero; a percentile that was
-withheld says `withheld`. Names come from users and servers, so they are printed as they are and never read as markup.
+The answer comes first, as one sentence; then every stage with its verdict, then what it costs, then what did not add
+up. A figure has its unit and three significant digits. A figure that does not exist is a dash and a reason, never a
+zero; a percentile that was withheld says `withheld`. Names come from users and servers, so they are printed as they
+are and never read as markup.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -52,16 +54,15 @@ def money(value: float | None) -> str:
     return DASH if value is None else f"${number(value)}"
 
 
-def money_small(value: float | None) -> str:
-    """Dollars per page where they are readable, and per 1,000 pages beside it where they are not."""
-    if value is None or value == 0 or value >= 1e-3:
-        return ""
-    return f"{money(value * 1000)} per 1,000 pages"
+def pages_unit(summary: Summary) -> int:
+    """Pages that money is told for: 1, or 1,000 where a single page costs too little to read."""
+    costs = [stage.cost.usd_per_page.mid for stage in summary.stages if stage.cost and stage.cost.usd_per_page]
+    return 1000 if costs and min(costs) < 0.01 else 1
 
 
 def percent(fraction: float | None) -> str:
     """A fraction as per cent: 96.2 %."""
-    return DASH if fraction is None else f"{number(fraction * 100)} %"
+    return DASH if fraction is None else f"{fraction * 100:.3g} %"
 
 
 def seconds(*values: float | None) -> str:
@@ -79,7 +80,7 @@ def interval(low: float | None, high: float | None, write: Callable[[float | Non
 
 
 def estimate(value: Estimate) -> tuple[str, str]:
-    """A value and its 95 % interval, both with four significant digits of the value, so that the interval shows its width."""
+    """A value with four significant digits, and its 95 % interval to the same place, so that its width shows."""
     places = max(0, 3 - math.floor(math.log10(value.value))) if value.value > 0 else 0
 
     def write(part: float | None) -> str:
@@ -88,11 +89,23 @@ def estimate(value: Estimate) -> tuple[str, str]:
     return write(value.value), interval(value.low, value.high, write)
 
 
+def counted(value: float | None) -> str:
+    """A number to be set against another: whole from a thousand up, else four significant digits."""
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def copies_label(copies: int) -> str:
+    """`1 copy`, `1,024 copies`."""
+    return f"{copies:,} cop{'y' if copies == 1 else 'ies'}"
+
+
 def half_width(value: Estimate) -> str:
     """The interval as a share of the value: `±1.2 %`."""
     if value.low is None or value.high is None or value.value <= 0:
         return ""
-    return f"±{number((value.high - value.low) / 2 / value.value * 100)} %"
+    return f"±{(value.high - value.low) / 2 / value.value * 100:.2g} %"
 
 
 def band(value: Band | None, write: Callable[[float | None], str] = number) -> str:
@@ -100,6 +113,12 @@ def band(value: Band | None, write: Callable[[float | None], str] = number) -> s
     if value is None:
         return DASH
     return f"{write(value.mid)} {interval(value.low, value.high, write)}".rstrip()
+
+
+def times(value: Band, factor: float) -> Band:
+    """A band in another unit."""
+    low, high = (None if end is None else end * factor for end in (value.low, value.high))
+    return Band(mid=value.mid * factor, low=low, high=high)
 
 
 def latency(stage: Stage, which: str) -> str:
@@ -137,6 +156,12 @@ def shown_stage(summary: Summary) -> Stage | None:
     return next((stage for stage in summary.stages if stage.index == index), None)
 
 
+def from_spec(summary: Summary, part: str) -> dict[str, Any]:
+    """A part of the run's spec, as the manifest has it; empty where it has none."""
+    found = (summary.run.get("spec") or {}).get(part)
+    return found if isinstance(found, dict) else {}
+
+
 def all_checks(summary: Summary) -> list[tuple[Stage, Check]]:
     """Every identity check with its stage, in order."""
     return [(stage, check) for stage in summary.stages for check in stage.checks]
@@ -152,27 +177,27 @@ def print_report(summary: Summary, console: Console) -> None:
     width = console.width
     console.width = width if console.is_terminal else WIDTH
     try:
-        for part in _parts(summary):
+        for part in _parts(summary, console.width):
             console.print(part, highlight=False)
     finally:
         console.width = width
 
 
-def _parts(summary: Summary) -> Iterator[Text | Table | Padding]:
+def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
     """What the report says, in order."""
-    yield _line(summary.headline.sentence, "bold")
+    yield _wrapped(summary.headline.sentence, width, style="bold")
     if summary.status == "interrupted":
-        yield _line(f"INTERRUPTED: {summary.status_sentence}", "bold red")
-    yield _line(_conditions(summary), "dim")
+        yield _wrapped(f"INTERRUPTED: {summary.status_sentence}", width, style="bold red")
+    yield _wrapped(_conditions(summary), width, style="dim")
     if summary.stages:
         yield Text()
         yield _table(summary)
-        yield _line(f"TTFT and TPOT: p50 / p99. N_run: time-mean of copies in flight, driver / servers. A page is {summary.page_words} words.", "dim")
+        yield _wrapped(_legend(summary), width, style="dim")
     for title, sentences in _sections(summary):
         if sentences:
             yield Text()
-            yield _line(title, "bold")
-            yield from (Padding(_line(sentence), (0, 0, 0, 2), expand=False) for sentence in sentences)
+            yield _wrapped(title, width, style="bold")
+            yield from (_wrapped(sentence, width, indent="  ") for sentence in sentences)
 
 
 def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
@@ -180,38 +205,50 @@ def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
     yield "SLO", [summary.headline.n_slo_sentence]
     stage = shown_stage(summary)
     if stage is not None and stage.cost is not None:
-        yield f"Cost at {stage.copies.asked} copies (stage {stage.index})", list(_cost(stage))
+        yield f"Cost at {copies_label(stage.copies.asked)} (stage {stage.index})", list(_cost(stage, pages_unit(summary)))
     if summary.overhang is not None:
         yield f"Overhang: training over running, in {summary.overhang.ratio_unit}", list(_overhang(summary))
     yield "Verdicts", list(_verdicts(summary))
     yield "Checks", list(_checks(summary))
 
 
-def _line(text: str, style: str = "") -> Text:
-    return Text(plain(text), style=style)
+def _wrapped(text: str, width: int, *, indent: str = "", style: str = "") -> Text:
+    """Text broken between words; a continued line is indented a little further."""
+    hanging = indent + "  " if indent else ""
+    lines = textwrap.wrap(plain(text), width, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False)
+    return Text("\n".join(lines), style=style)
+
+
+def _legend(summary: Summary) -> str:
+    """What the table's heads mean."""
+    unit = "$/1k is $ per 1,000 pages. " if pages_unit(summary) > 1 else ""
+    means = "N_run: time-mean of copies in flight, driver / servers. TTFT, TPOT: p50 / p99."
+    return f"{means} {unit}A page is {summary.page_words} words."
 
 
 def _conditions(summary: Summary) -> str:
-    """One line: which run, of what, on what."""
+    """One line: which run, of what, measured by what."""
     run = summary.run
-    model = run.get("model")
-    model = model.get("id") if isinstance(model, dict) else model
-    parts = [run.get("id") or run.get("name"), model, f"spec {run['spec_sha256'][:12]}" if run.get("spec_sha256") else None]
-    return " · ".join(str(part) for part in [*parts, f"kilocopy {summary.kilocopy_version}"] if part)
+    spec = f"spec {run['spec_sha256'][:12]}" if run.get("spec_sha256") else None
+    parts = [run.get("id"), from_spec(summary, "model").get("id"), spec, f"kilocopy {summary.kilocopy_version}"]
+    return " · ".join(str(part) for part in parts if part)
 
 
 def _table(summary: Summary) -> Table:
     """A row per stage."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
-    heads = ("stage", "copies", "N_run", "verdict", "tokens/s", "95 %", "per copy", "pages/h", "TTFT", "TPOT", "errors", "$/page", "Wh/page", "SLO")
-    for head in heads:
+    pages = pages_unit(summary)
+    money_head = "$/page" if pages == 1 else "$/1k"
+    heads = ("stage", "copies", "N_run", "verdict", "tokens/s", "95 %", "per copy", "pages/h", "TTFT", "TPOT", "errors")
+    for head in (*heads, money_head, "Wh/page", "SLO"):
         table.add_column(head, justify="left" if head == "verdict" else "right", no_wrap=True)
     for stage in summary.stages:
-        table.add_row(*(_line(cell) for cell in _row(stage)), style=STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None)
+        style = STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None
+        table.add_row(*(Text(plain(cell)) for cell in _row(stage, pages)), style=style)
     return table
 
 
-def _row(stage: Stage) -> list[str]:
+def _row(stage: Stage, pages: int) -> list[str]:
     """The cells of a stage, in the table's order."""
     copies, through, cost = stage.copies, stage.throughput, stage.cost
     return [
@@ -226,29 +263,26 @@ def _row(stage: Stage) -> list[str]:
         latency(stage, "ttft_s").replace(" / ", "/"),
         latency(stage, "tpot_s").replace(" / ", "/"),
         f"{sum(stage.requests.errors.values()):,}",
-        money(cost.usd_per_page.mid) if cost and cost.usd_per_page else DASH,
+        money(cost.usd_per_page.mid * pages) if cost and cost.usd_per_page else DASH,
         "none" if wh_per_page(stage) == "not measured" else wh_per_page(stage),
         slo(stage),
     ]
 
 
-def _cost(stage: Stage) -> Iterator[str]:
+def _cost(stage: Stage, pages: int) -> Iterator[str]:
     """What a page costs at this stage, and what the figure holds."""
     cost = stage.cost
     assert cost is not None  # noqa: S101  # the caller looked
-    yield " · ".join(
-        part
-        for part in (
-            f"{band(cost.usd_per_page, money)} per page",
-            money_small(cost.usd_per_page.mid if cost.usd_per_page else None),
-            f"{band(cost.usd_per_m_output_tokens, money)} per million output tokens",
-        )
-        if part
-    )
+    if pages > 1 and cost.usd_per_page:
+        yield f"{band(times(cost.usd_per_page, pages), money)} per {pages:,} pages ({money(cost.usd_per_page.mid)} a page)."
+    else:
+        yield f"{band(cost.usd_per_page, money)} per page."
+    yield f"{band(cost.usd_per_m_output_tokens, money)} per million output tokens."
     if cost.energy_source == "not_measured":
         yield "Energy: not measured, so there is no Wh per page."
     else:
-        yield f"Energy ({SOURCES[cost.energy_source]}, boundary {cost.energy_boundary or 'not stated'}): {band(cost.wh_per_page)} Wh per page."
+        how = f"{SOURCES[cost.energy_source]}, boundary {cost.energy_boundary or 'not stated'}"
+        yield f"Energy ({how}): {band(cost.wh_per_page)} Wh per page."
     yield cost.sentence
 
 

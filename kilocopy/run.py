@@ -61,7 +61,7 @@ def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, sh
     key = os.environ.get("KILOCOPY_API_KEY")
     driving.probe(url, spec.model.id, key, 30)
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy")
-    ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.split("@")[-1]}, records in {run_dir}")
+    ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     progress = driving.ProgressPrinter(ERR, spec)
     with power_meter(run_dir), Scraper(run_dir, targets) as scraper, progress:
         code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress)

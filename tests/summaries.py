@@ -1,7 +1,7 @@
-"""Summaries as a run would leave them, made from a small model of a batching server: the reports are tested and looked at with these.
+"""Summaries as a run would leave them, made from a small model of a batching server: the reports are tested with these.
 
-`good` is four valid stages on one GPU with its energy measured; `awkward` has a void stage, one whose latency is withheld, and no
-meter; `interrupted` stopped before its first stage had a window.
+`good` is four valid stages on one GPU with its energy measured; `awkward` has a void stage, one whose latency is
+withheld, and no meter; `interrupted` stopped before its first stage had a window.
 """
 
 from __future__ import annotations
@@ -40,30 +40,54 @@ OUTPUT_TOKENS = 256  # of each request
 
 REFERENCES = [
     Reference(
-        name="GPT-3 paper, section 6.3", figure="4 Wh/page", conditions="0.4 kWh per 100 pages; boundary and page length unstated; 2020",
+        name="GPT-3 paper, section 6.3",
+        figure="4 Wh/page",
+        conditions="0.4 kWh per 100 pages; boundary and page length unstated; 2020",
         source="Brown et al. 2020, arXiv:2005.14165",
     ),
     Reference(
-        name="ML.ENERGY v3, Llama 3.1 8B on one H100, batch 511", figure="0.070 J/token", conditions="vLLM, GPU only, 9,806 tok/s",
+        name="ML.ENERGY v3, Llama 3.1 8B on one H100, batch 511",
+        figure="0.070 J/token",
+        conditions="vLLM, GPU only, 9,806 tok/s",
         source="ML.ENERGY leaderboard v3",
     ),
-    Reference(name="Rule of thumb, 2020", figure="500 pages/$", conditions="total = 5 × electricity", source="kilocopy design, section 6"),
-]  # fmt: skip
+    Reference(
+        name="Rule of thumb, 2020",
+        figure="500 pages/$",
+        conditions="total = 5 × electricity",
+        source="kilocopy design, section 6",
+    ),
+]
 
-RUN: dict[str, Any] = {
-    "id": "20261123T101500Z_llama8b",
-    "name": "llama8b",
-    "started_at": "2026-11-23T10:15:00Z",
-    "spec_sha256": "9f2c1d7a4be05566778899aabbccddeeff00112233445566778899aabbccddee",
-    "git_commit": "a391873c0ffee",
-    "model": "meta-llama/Llama-3.1-8B",
-    "seed": 0,
-    "url": "http://127.0.0.1:8000/v1/completions",
-    "driver_shares_host": True,
-    "hardware": {"gpus": "1 x NVIDIA H100 80GB HBM3", "cpu": "Intel Xeon Platinum 8480+", "cpus": 52, "memory_gib": 503},
-    "versions": {"kilocopy": "0.1.0", "ray": "2.60.0", "vllm": "0.29.0", "locust": "2.43.0", "python": "3.11.9"},
-    "slo": {"tokens_per_s_per_copy": 80.0, "quantile": 0.9, "ttft_s": 0.5, "error_fraction_max": 0.01},
-}
+
+def run(name: str, model: str, hardware: dict[str, Any], speed: float, ttft_s: float) -> dict[str, Any]:
+    """A manifest as `kilocopy run` writes it, with a spec cut down to what the reports read."""
+    return {
+        "schema_version": 1,
+        "kilocopy_version": "0.1.0",
+        "id": f"20261123T101500_{name}",
+        "name": name,
+        "started_at": "2026-11-23T10:15:00+00:00",
+        "spec": {
+            "name": name,
+            "model": {"id": model, "source": model, "parameters_active": 8.03e9},
+            "slo": {"tokens_per_s_per_copy": speed, "quantile": 0.9, "ttft_s": ttft_s, "error_fraction_max": 0.01},
+            "page": {"words": PAGE_WORDS},
+        },
+        "spec_sha256": "9f2c1d7a4be05566778899aabbccddeeff00112233445566778899aabbccddee",
+        "seed": 0,
+        "url": "http://127.0.0.1:8000/v1",
+        "driver_shares_host": True,
+        "training": None,
+        "versions": {"python": "3.11.9", "ray": "2.60.0", "vllm": "0.29.0", "locust": "2.43.0"},
+        "git_commit": "a391873b6194cbeb00e01c27771aabd91281ed04",
+        "hardware": hardware,
+        "started_by": "kilocopy",
+    }
+
+
+H100 = {"processor": "Intel Xeon Platinum 8480+", "cores": 52, "memory_gib": 503.0, "gpus": ["NVIDIA H100 80GB HBM3"]}
+CPU = {"processor": "AMD EPYC 7B13", "cores": 2, "memory_gib": 15.6, "gpus": []}
 
 
 def percentiles(values: list[float]) -> Percentiles:
@@ -82,22 +106,37 @@ def checks(tokens: float, copies: float, *, servers: float | None = 1.0) -> list
     told = f"{tokens:,.0f} tokens arrived"
     return [
         Check(
-            name="client_tokens_vs_server", left=tokens, right=None if servers is None else tokens * servers, deviation_fraction=apart,
-            limit_fraction=0.01, outcome="not_checked" if apart is None else "passed" if apart <= 0.01 else "failed",
-            sentence=f"{told}; no server counter was read." if servers is None or apart is None
+            name="client_tokens_vs_server",
+            left=tokens,
+            right=None if servers is None else tokens * servers,
+            deviation_fraction=apart,
+            limit_fraction=0.01,
+            outcome="not_checked" if apart is None else "passed" if apart <= 0.01 else "failed",
+            sentence=f"{told}; no server counter was read."
+            if servers is None or apart is None
             else f"{told}, the servers counted {tokens * servers:,.0f}: {apart:.1%} apart, the limit is 1 %.",
         ),
         Check(
-            name="littles_law", left=copies, right=copies * 0.988, deviation_fraction=0.012, limit_fraction=0.05, outcome="passed",
+            name="littles_law",
+            left=copies,
+            right=copies * 0.988,
+            deviation_fraction=0.012,
+            limit_fraction=0.05,
+            outcome="passed",
             sentence=f"{copies:.1f} copies in flight against {copies * 0.988:.1f} from rate times duration: 1.2 % apart, the limit is 5 %.",
         ),
         Check(
-            name="copies_client_vs_server", left=copies, right=None if servers is None else copies * 0.996,
-            deviation_fraction=None if servers is None else 0.004, limit_fraction=0.02, outcome="not_checked" if servers is None else "passed",
-            sentence="No server gauge was read." if servers is None
+            name="copies_client_vs_server",
+            left=copies,
+            right=None if servers is None else copies * 0.996,
+            deviation_fraction=None if servers is None else 0.004,
+            limit_fraction=0.02,
+            outcome="not_checked" if servers is None else "passed",
+            sentence="No server gauge was read."
+            if servers is None
             else f"{copies:.1f} copies in flight at the driver, {copies * 0.996:.1f} running and waiting on the servers: 0.4 % apart.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def cost(tokens_per_s: float, power_w: float | None, usd_per_hour: float, sentence: str) -> Cost:
@@ -111,22 +150,38 @@ def cost(tokens_per_s: float, power_w: float | None, usd_per_hour: float, senten
     electricity = None if wh is None else wh / 1000 * 0.0861
     usd = usd_per_hour / pages_per_h + (electricity or 0)
     return Cost(
-        energy_source="not_measured" if power_w is None else "measured", energy_boundary=None if power_w is None else "gpu+host × PUE",
-        facility_j=spread(None if power_w is None else power_w * 1.2 * WINDOW_S, 0.9, 1.2), wh_per_page=spread(wh, 0.9, 1.2),
+        energy_source="not_measured" if power_w is None else "measured",
+        energy_boundary=None if power_w is None else "gpu+host × PUE",
+        facility_j=spread(None if power_w is None else power_w * 1.2 * WINDOW_S, 0.9, 1.2),
+        wh_per_page=spread(wh, 0.9, 1.2),
         j_per_output_token=spread(None if wh is None else wh * 3600 / TOKENS_PER_PAGE, 0.9, 1.2),
-        pages_per_kwh=None if wh is None else Band(mid=1000 / wh), electricity_usd_per_page=spread(electricity),
-        hardware_usd_per_page=spread(usd_per_hour / pages_per_h), usd_per_page=spread(usd),
-        usd_per_m_output_tokens=spread(usd / TOKENS_PER_PAGE * 1e6), pages_per_usd=Band(mid=1 / usd, low=0.8 / usd, high=1.25 / usd),
-        hardware_kind="owned" if power_w else "rented", sentence=sentence,
-    )  # fmt: skip
+        pages_per_kwh=None if wh is None else Band(mid=1000 / wh),
+        electricity_usd_per_page=spread(electricity),
+        hardware_usd_per_page=spread(usd_per_hour / pages_per_h),
+        usd_per_page=spread(usd),
+        usd_per_m_output_tokens=spread(usd / TOKENS_PER_PAGE * 1e6),
+        pages_per_usd=Band(mid=1 / usd, low=0.8 / usd, high=1.25 / usd),
+        hardware_kind="owned" if power_w else "rented",
+        sentence=sentence,
+    )
 
 
 def stage(
-    index: int, copies: int, per_copy: float, power_w: float | None, *, slo_held: bool | None, verdict: Verdict,
-    usd_per_hour: float, cost_sentence: str, servers: float | None = 1.003, devices: float = 1, errors: dict[str, int] | None = None,
-) -> Stage:  # fmt: skip
+    index: int,
+    copies: int,
+    per_copy: float,
+    power_w: float | None,
+    *,
+    slo_held: bool | None,
+    verdict: Verdict,
+    usd_per_hour: float,
+    cost_sentence: str,
+    servers: float | None = 1.003,
+    devices: float = 1,
+    errors: dict[str, int] | None = None,
+) -> Stage:
     """A stage of `copies` copies at `per_copy` tokens/s each."""
-    draw = random.Random(index)
+    draw = random.Random(index)  # noqa: S311  # example data
     start = index * (STAGE_S + 5)
     running, total = copies * 0.994, copies * 0.994 * per_copy
     sent = max(1, round(total * (STAGE_S - 5) / OUTPUT_TOKENS))
@@ -137,52 +192,80 @@ def stage(
     words_per_s = total * WORDS_PER_TOKEN
     half = total * (0.02 if copies == 1 else 0.006)
     return Stage(
-        index=index, title=f"closed, {copies} cop{'y' if copies == 1 else 'ies'}", verdict=verdict, start_s=start, end_s=start + STAGE_S,
+        index=index,
+        title=f"closed, {copies} cop{'y' if copies == 1 else 'ies'}",
+        verdict=verdict,
+        start_s=start,
+        end_s=start + STAGE_S,
         window=Window(
-            start_s=start + WARMUP_S, end_s=start + WARMUP_S + WINDOW_S, duration_s=WINDOW_S,
+            start_s=start + WARMUP_S,
+            end_s=start + WARMUP_S + WINDOW_S,
+            duration_s=WINDOW_S,
             rule="from the moment every copy had its first token until the first copy stopped asking",
         ),
         copies=Copies(
-            asked=copies, n_run_client=running, n_run_server=None if servers is None else running * 0.996, slo_held=slo_held,
+            asked=copies,
+            n_run_client=running,
+            n_run_server=None if servers is None else running * 0.996,
+            slo_held=slo_held,
             slo_attainment=None if slo_held is None else (0.984 if slo_held else 0.412),
             n_human={"238": words_per_s * 60 / 238, "150": words_per_s * 60 / 150, "600": words_per_s * 60 / 600},
         ),
         throughput=Throughput(
-            output_tokens=total * WINDOW_S, prompt_tokens=total * WINDOW_S / OUTPUT_TOKENS * 512,
-            output_tokens_per_s=Estimate(value=total, low=total - half, high=total + half), output_tokens_per_s_per_copy=per_copy,
-            output_tokens_per_s_per_device=total / devices, output_tokens_per_s_per_replica=total / devices, words_per_token=WORDS_PER_TOKEN,
-            words_per_s=words_per_s, pages=total * WINDOW_S / TOKENS_PER_PAGE, pages_per_hour=total * 3600 / TOKENS_PER_PAGE,
+            output_tokens=total * WINDOW_S,
+            prompt_tokens=total * WINDOW_S / OUTPUT_TOKENS * 512,
+            output_tokens_per_s=Estimate(value=total, low=total - half, high=total + half),
+            output_tokens_per_s_per_copy=per_copy,
+            output_tokens_per_s_per_device=total / devices,
+            output_tokens_per_s_per_replica=total / devices,
+            words_per_token=WORDS_PER_TOKEN,
+            words_per_s=words_per_s,
+            pages=total * WINDOW_S / TOKENS_PER_PAGE,
+            pages_per_hour=total * 3600 / TOKENS_PER_PAGE,
             requests_per_s=total / OUTPUT_TOKENS,
         ),
-        latency=None if hidden else Latency(
-            ttft_s=percentiles(ttft), tpot_s=percentiles(tpot), itl_s=percentiles(icl), icl_s=percentiles(icl),
-            e2e_s=percentiles([value * OUTPUT_TOKENS for value in tpot]), send_lag_s=percentiles([0.0001 * draw.random() for _ in range(200)]),
+        latency=None
+        if hidden
+        else Latency(
+            ttft_s=percentiles(ttft),
+            tpot_s=percentiles(tpot),
+            itl_s=percentiles(icl),
+            icl_s=percentiles(icl),
+            e2e_s=percentiles([value * OUTPUT_TOKENS for value in tpot]),
+            send_lag_s=percentiles([0.0001 * draw.random() for _ in range(200)]),
         ),
-        ttft_values_s=[] if hidden else ttft, icl_values_s=[] if hidden else icl,
+        ttft_values_s=[] if hidden else ttft,
+        icl_values_s=[] if hidden else icl,
         requests=Requests(
-            sent=sent, ok=sent - copies - sum((errors or {}).values()), errors=errors or {}, cancelled=copies,
+            sent=sent,
+            ok=sent - copies - sum((errors or {}).values()),
+            errors=errors or {},
+            cancelled=copies,
             in_window_ok=round(total * WINDOW_S / OUTPUT_TOKENS),
         ),
-        checks=checks(total * WINDOW_S, running, servers=servers), cost=cost(total, power_w, usd_per_hour, cost_sentence),
-    )  # fmt: skip
+        checks=checks(total * WINDOW_S, running, servers=servers),
+        cost=cost(total, power_w, usd_per_hour, cost_sentence),
+    )
 
 
 def timeline(stages: list[Stage]) -> list[Bin]:
     """A second-by-second course of these stages: a ramp, a steady part, a drain, five idle seconds between."""
-    draw, bins = random.Random(7), []
+    draw, bins = random.Random(7), []  # noqa: S311  # example data
     for one in stages:
         total = one.throughput.output_tokens_per_s.value if one.throughput else 0.0
         for second in range(int(STAGE_S) + 5):
             level = min(1.0, second / 3) if second < 70 else max(0.0, 1 - (second - 70) / 4)
             bins.append(
                 Bin(
-                    t_s=one.start_s + second, stage=one.index if second < STAGE_S else -1,
-                    output_tokens_per_s=total * level * draw.gauss(1, 0.03), in_flight=math.ceil(one.copies.asked * level),
+                    t_s=one.start_s + second,
+                    stage=one.index if second < STAGE_S else -1,
+                    output_tokens_per_s=total * level * draw.gauss(1, 0.03),
+                    in_flight=math.ceil(one.copies.asked * level),
                     server_running=None if one.copies.n_run_server is None else one.copies.asked * level * 0.99,
                     server_waiting=None if one.copies.n_run_server is None else (2.0 if one.copies.asked > 40 and second < 3 else 0.0),
                     errors=1 if one.requests.errors and second % 25 == 20 else 0,
                 )
-            )  # fmt: skip
+            )
     return bins
 
 
@@ -192,20 +275,38 @@ def good() -> Summary:
     sentence = "Capital and electricity of the one GPU and its host; networking, staff and idle hours beyond the utilisation are not in it."
     levels = [(1, 142.0, 430.0, True), (8, 131.0, 520.0, True), (32, 112.0, 610.0, True), (64, 76.0, 655.0, False)]
     stages = [
-        stage(i, n, speed, watts, slo_held=held, verdict=Verdict(level="valid", reasons=[], notes=[host] if i == 0 else []),
-              usd_per_hour=1.37, cost_sentence=sentence)
+        stage(
+            i,
+            n,
+            speed,
+            watts,
+            slo_held=held,
+            verdict=Verdict(level="valid", reasons=[], notes=[host] if i == 0 else []),
+            usd_per_hour=1.37,
+            cost_sentence=sentence,
+        )
         for i, (n, speed, watts, held) in enumerate(levels)
-    ]  # fmt: skip
+    ]
     return Summary(
-        schema_version=SCHEMA_VERSION, kilocopy_version="0.1.0", run=RUN, status="complete", status_sentence="All 4 stages ran to their end.",
-        page_words=PAGE_WORDS, stages=stages, timeline=timeline(stages),
+        schema_version=SCHEMA_VERSION,
+        kilocopy_version="0.1.0",
+        run=run("llama8b", "meta-llama/Llama-3.1-8B", H100, 80.0, 0.5),
+        status="complete",
+        status_sentence="All 4 stages ran to their end.",
+        page_words=PAGE_WORDS,
+        stages=stages,
+        timeline=timeline(stages),
         headline=Headline(
-            n_slo=32, n_slo_stage=2, best_stage=3,
+            n_slo=32,
+            n_slo_stage=2,
+            best_stage=3,
             n_slo_sentence="32 copies is the largest load asked for at which 90 % of the streams held 80 tokens/s and a TTFT under 0.5 s; 64 did not.",
-            sentence="One H100 ran 32 copies of meta-llama/Llama-3.1-8B at once at 112 tokens/s each: 19,000 pages an hour for $0.0000744 a page.",
+            sentence="One H100 ran 32 copies of meta-llama/Llama-3.1-8B at once at 112 tokens/s each: 19,000 pages an hour for $0.0755 per 1,000 pages.",
         ),
-        overhang=overhang(stages[2]), prices=prices(), references=REFERENCES,
-    )  # fmt: skip
+        overhang=overhang(stages[2]),
+        prices=prices(),
+        references=REFERENCES,
+    )
 
 
 def overhang(at: Stage) -> Overhang:
@@ -217,89 +318,191 @@ def overhang(at: Stage) -> Overhang:
     assert at.throughput.pages_per_hour is not None
     usd, wh, pages_per_h = 1.46e6 * 2.0, at.cost.wh_per_page.mid, at.throughput.pages_per_hour
     source = "Llama 3.1 model card, 2024-07-23"
-    pages = [usd / at.cost.usd_per_page.mid, 1.22e24 / (2 * 8.03e9 * TOKENS_PER_PAGE), 1.46e6 * pages_per_h]
+    pages = [usd / at.cost.usd_per_page.mid, 7.2e23 / (2 * 8.03e9 * TOKENS_PER_PAGE), 1.46e6 * pages_per_h]
     return Overhang(
-        stage=at.index, n_cluster=512_000.0, ratio_unit=f"pages of {PAGE_WORDS} words",
+        stage=at.index,
+        n_cluster=512_000.0,
+        ratio_unit=f"pages of {PAGE_WORDS} words",
         ratios=[
             Ratio(
-                name="usd", training=usd, training_unit="$", running_per_page=at.cost.usd_per_page.mid, running_unit="$/page",
-                ratio_pages=Band(mid=pages[0], low=pages[0] / 1.25, high=pages[0] / 0.8), training_source=f"{source}; $2.00 per GPU-hour assumed",
+                name="usd",
+                training=usd,
+                training_unit="$",
+                running_per_page=at.cost.usd_per_page.mid,
+                running_unit="$/page",
+                ratio_pages=Band(mid=pages[0], low=pages[0] / 1.25, high=pages[0] / 0.8),
+                training_source=f"{source}; $2.00 per GPU-hour assumed",
                 sentence="Training cost as much as running 39 billion pages.",
             ),
             Ratio(
-                name="energy", training=None, training_unit="Wh", running_per_page=wh, running_unit="Wh/page", ratio_pages=None,
-                training_source=source, sentence="The training's energy is not published, so this ratio is not printed.",
+                name="energy",
+                training=None,
+                training_unit="Wh",
+                running_per_page=wh,
+                running_unit="Wh/page",
+                ratio_pages=None,
+                training_source=source,
+                sentence="The training's energy is not published, so this ratio is not printed.",
             ),
             Ratio(
-                name="flop", training=1.22e24, training_unit="FLOP", running_per_page=2 * 8.03e9 * TOKENS_PER_PAGE, running_unit="FLOP/page",
-                ratio_pages=Band(mid=pages[1]), training_source=source,
-                sentence="6 × 8.03 B parameters × 15 T tokens, capped at the published total, over 2 × 8.03 B per token.",
+                name="flop",
+                training=7.2e23,
+                training_unit="FLOP",
+                running_per_page=2 * 8.03e9 * TOKENS_PER_PAGE,
+                running_unit="FLOP/page",
+                ratio_pages=Band(mid=pages[1]),
+                training_source=source,
+                sentence="6 × 8.03 billion parameters × 15 trillion tokens, over 2 × 8.03 billion for each token of a page.",
             ),
             Ratio(
-                name="gpu_hours", training=1.46e6, training_unit="GPU-h", running_per_page=1 / pages_per_h, running_unit="GPU-h/page",
-                ratio_pages=Band(mid=pages[2]), training_source=source, sentence="Free of prices: 1.46 million GPU-hours times the pages of one GPU-hour.",
+                name="gpu_hours",
+                training=1.46e6,
+                training_unit="GPU-h",
+                running_per_page=1 / pages_per_h,
+                running_unit="GPU-h/page",
+                ratio_pages=Band(mid=pages[2]),
+                training_source=source,
+                sentence="Free of prices: 1.46 million GPU-hours times the pages of one GPU-hour.",
             ),
         ],
-    )  # fmt: skip
+    )
 
 
 def prices() -> list[dict[str, Any]]:
     """Prices with source and date."""
     return [
-        {"name": "GPU and its share of the host", "value": 36000.0, "low": 30000.0, "high": 45000.0, "unit": "$/device",
-         "source": "assumed: list prices of 2025", "date": "2025-11-01"},
-        {"name": "Electricity", "value": 0.0861, "low": None, "high": None, "unit": "$/kWh", "source": "EIA, US industrial mean 2025", "date": "2026-02-24"},
-        {"name": "PUE", "value": 1.2, "low": 1.09, "high": 1.54, "unit": "facility/IT", "source": "assumed: between best and industry mean", "date": "2025-12-01"},
-    ]  # fmt: skip
+        {
+            "name": "GPU and its share of the host",
+            "value": 36000.0,
+            "low": 30000.0,
+            "high": 45000.0,
+            "unit": "$/device",
+            "source": "assumed: list prices of 2025",
+            "date": "2025-11-01",
+        },
+        {
+            "name": "Electricity",
+            "value": 0.0861,
+            "low": None,
+            "high": None,
+            "unit": "$/kWh",
+            "source": "EIA, US industrial mean 2025",
+            "date": "2026-02-24",
+        },
+        {
+            "name": "PUE",
+            "value": 1.2,
+            "low": 1.09,
+            "high": 1.54,
+            "unit": "facility/IT",
+            "source": "assumed: between best and industry mean",
+            "date": "2025-12-01",
+        },
+    ]
 
 
 def awkward() -> Summary:
     """On CPUs: a valid stage, one with its latency withheld, a void one; nobody metered the energy, and the hardware is rented."""
     sentence = "Rent alone: electricity is in the rent. Idle paid hours are in it at a utilisation of 60 %."
     lag = Reason(
-        code="driver-loop-lag", sentence="The driver's loop woke up to 31.0 ms late (p99); the bound is 5.00 ms, so its clock is not trusted for latency."
+        code="driver-loop-lag",
+        sentence="The driver's loop woke up to 31.0 ms late (p99); the bound is 5.00 ms, so its clock is not trusted for latency.",
     )
     apart = Reason(
-        code="counters-disagree", sentence="The driver saw 4.2 % fewer tokens than the servers say they made; the limit is 1 %."
+        code="counters-disagree",
+        sentence="The driver saw 4.2 % fewer tokens than the servers say they made; the limit is 1 %.",
     )
-    noisy = Reason(code="too-many-errors", sentence="37 of 612 requests failed (6.05 %); the limit is 1 %.")
+    noisy = Reason(code="too-many-errors", sentence="37 of 452 requests failed (8.19 %); the limit is 1 %.")
     note = Reason(code="littles-law", sentence="Copies in flight and rate times duration are 6.1 % apart; the limit is 5 %.")
     stages = [
-        stage(0, 4, 52.0, None, slo_held=True, verdict=Verdict(level="valid", reasons=[], notes=[]), usd_per_hour=0.21,
-              cost_sentence=sentence, servers=None),
-        stage(1, 32, 26.0, None, slo_held=True, verdict=Verdict(level="latency_withheld", reasons=[lag], notes=[]), usd_per_hour=0.21,
-              cost_sentence=sentence),
-        stage(2, 128, 13.0, None, slo_held=None, verdict=Verdict(level="void", reasons=[apart, noisy], notes=[note]), usd_per_hour=0.21,
-              cost_sentence=sentence, servers=1.042, errors={"timeout_stall": 21, "http_5xx": 16}),
-    ]  # fmt: skip
+        stage(
+            0,
+            4,
+            52.0,
+            None,
+            slo_held=True,
+            verdict=Verdict(level="valid", reasons=[], notes=[]),
+            usd_per_hour=0.21,
+            cost_sentence=sentence,
+            servers=None,
+        ),
+        stage(
+            1,
+            32,
+            26.0,
+            None,
+            slo_held=None,
+            verdict=Verdict(level="latency_withheld", reasons=[lag], notes=[]),
+            usd_per_hour=0.21,
+            cost_sentence=sentence,
+        ),
+        stage(
+            2,
+            128,
+            13.0,
+            None,
+            slo_held=None,
+            verdict=Verdict(level="void", reasons=[apart, noisy], notes=[note]),
+            usd_per_hour=0.21,
+            cost_sentence=sentence,
+            servers=1.042,
+            errors={"timeout_stall": 21, "http_5xx": 16},
+        ),
+    ]
     return Summary(
-        schema_version=SCHEMA_VERSION, kilocopy_version="0.1.0",
-        run={**RUN, "id": "20261123T113000Z_tiny-cpu", "name": "tiny-cpu", "model": "tiny-llama-4m",
-             "hardware": {"cpu": "AMD EPYC 7B13", "cpus": 2, "memory_gib": 15}, "slo": {**RUN["slo"], "tokens_per_s_per_copy": 20.0, "ttft_s": 2.0}},
-        status="complete", status_sentence="All 3 stages ran to their end.", page_words=PAGE_WORDS, stages=stages, timeline=timeline(stages),
+        schema_version=SCHEMA_VERSION,
+        kilocopy_version="0.1.0",
+        run=run("tiny-cpu", "tiny-llama-4m", CPU, 20.0, 2.0),
+        status="complete",
+        status_sentence="All 3 stages ran to their end.",
+        page_words=PAGE_WORDS,
+        stages=stages,
+        timeline=timeline(stages),
         headline=Headline(
-            n_slo=4, n_slo_stage=0, best_stage=1,
+            n_slo=4,
+            n_slo_stage=0,
+            best_stage=1,
             n_slo_sentence="4 copies held the SLO. At 32 the latency is withheld, so nobody can say whether it held; 128 is void.",
-            sentence="Two CPU cores ran 4 copies of tiny-llama-4m at once at 52 tokens/s each: 1,100 pages an hour for $0.000191 a page of rent.",
+            sentence="Two CPU cores ran 4 copies of tiny-llama-4m at once at 52 tokens/s each: 1,100 pages an hour for a rent of $0.191 per 1,000 pages.",
         ),
         overhang=None,
-        prices=[{"name": "Host", "value": 0.126, "low": None, "high": None, "unit": "$/device-hour", "source": "cloud price list", "date": "2026-01-15"}],
+        prices=[
+            {
+                "name": "Host",
+                "value": 0.126,
+                "low": None,
+                "high": None,
+                "unit": "$/device-hour",
+                "source": "cloud price list",
+                "date": "2026-01-15",
+            }
+        ],
         references=REFERENCES,
-    )  # fmt: skip
+    )
 
 
 def interrupted() -> Summary:
     """A run that was killed before its first stage had a window."""
     return Summary(
-        schema_version=SCHEMA_VERSION, kilocopy_version="0.1.0", run={"id": "20261123T120000Z_cut", "name": "cut", "model": "meta-llama/Llama-3.1-8B"},
-        status="interrupted", status_sentence="The driver stopped 3.2 s after the start, before stage 0 had a window.", page_words=PAGE_WORDS,
-        stages=[], timeline=[],
+        schema_version=SCHEMA_VERSION,
+        kilocopy_version="0.1.0",
+        run=run("cut", "meta-llama/Llama-3.1-8B", H100, 80.0, 0.5),
+        status="interrupted",
+        status_sentence="The driver stopped 3.2 s after the start, before stage 0 had a window.",
+        page_words=PAGE_WORDS,
+        stages=[],
+        timeline=[],
         headline=Headline(
-            n_slo=None, n_slo_stage=None, best_stage=None, n_slo_sentence="No stage was measured, so N_SLO is unknown.",
+            n_slo=None,
+            n_slo_stage=None,
+            best_stage=None,
+            n_slo_sentence="No stage was measured, so N_SLO is unknown.",
             sentence="No answer: the run was interrupted before anything was measured.",
         ),
-        overhang=None, prices=[], references=REFERENCES,
-    )  # fmt: skip
+        overhang=None,
+        prices=[],
+        references=REFERENCES,
+    )
 
 
 ALL = {"good": good, "awkward": awkward, "interrupted": interrupted}
