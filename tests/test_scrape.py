@@ -1,0 +1,75 @@
+"""The scraper keeps what counts from both exporters' pages, and a dead server costs no run."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kilocopy import records
+from kilocopy.scrape import Scraper, samples
+
+RAY = b"""# HELP ray_vllm_generation_tokens_total Number of generation tokens processed.
+# TYPE ray_vllm_generation_tokens_total counter
+ray_vllm_generation_tokens_total{Component="core_worker",NodeAddress="10.0.0.1",ReplicaId="27c3q7ik",engine="0",model_name="m"} 68.0
+ray_vllm_generation_tokens_total{Component="core_worker",NodeAddress="10.0.0.1",ReplicaId="qmjpkszb",engine="0",model_name="m"} 84.0
+ray_vllm_request_generation_tokens_sum{ReplicaId="x"} 999.0
+ray_serve_num_router_requests_total{ReplicaId="x"} 5.0
+"""
+VLLM = b'vllm:num_requests_running{engine="0",model_name="m"} 7.0\nvllm:generation_tokens_total{engine="0",model_name="m"} 11.0'
+
+
+def test_both_exporters_come_under_one_name() -> None:
+    ray = samples(RAY)
+    assert [(name, labels["ReplicaId"], value) for name, labels, value in ray] == [
+        ("generation_tokens_total", "27c3q7ik", 68.0),
+        ("generation_tokens_total", "qmjpkszb", 84.0),
+    ]
+    assert "Component" not in ray[0][1]
+    assert sorted((name, value) for name, _, value in samples(VLLM)) == [("generation_tokens_total", 11.0), ("num_requests_running", 7.0)]
+
+
+@pytest.fixture
+def page() -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(RAY)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/metrics"
+    server.shutdown()
+
+
+def test_scraped_rows_have_a_zero_point_and_an_end(tmp_path: Path, page: str) -> None:
+    before = time.perf_counter_ns()
+    with Scraper(tmp_path, [page], interval_s=60) as scraper:
+        inside = time.perf_counter_ns()
+    table = records.read(tmp_path, "server")
+    times = sorted(set(table.column("time_ns").to_pylist()))
+    assert len(times) == 2
+    assert before < times[0] < inside < times[1]
+    assert table.num_rows == 4
+    assert scraper.failures == {}
+
+
+def test_a_target_that_is_gone_is_counted_not_fatal(tmp_path: Path) -> None:
+    with Scraper(tmp_path, ["http://127.0.0.1:9/metrics"], interval_s=60) as scraper:
+        pass
+    assert list(scraper.failures) == ["http://127.0.0.1:9/metrics"]
+    assert records.read(tmp_path, "server").num_rows == 0
+
+
+def test_without_targets_nothing_is_written(tmp_path: Path) -> None:
+    with Scraper(tmp_path, []):
+        pass
+    assert not (tmp_path / "server").exists()
