@@ -307,7 +307,7 @@ def overhang(summary: Summary) -> Figure:
         type="log",
         range=[0, powers[-1]],
         tickvals=[10.0**power for power in powers],
-        ticktext=[number(10.0**power).replace(".00", "").replace("0.0 ", "0 ").replace(".", "") for power in powers],
+        ticktext=[_power(power) for power in powers],
     )
     plot.update_yaxes(categoryorder="array", categoryarray=list(bands)[::-1], range=[-0.5, len(bands) - 0.5])
     caption = "Bars start at one page; each gridline is ten times the last. Whiskers are over the assumed inputs."
@@ -453,6 +453,14 @@ def _log_ticks(values: list[float], write: Callable[[float | None], str] = numbe
     steps = (1, 2, 5) if math.log10(max(known) / min(known)) < 2.5 else (1,)
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [_trimmed(write(tick)) for tick in ticks]}
+
+
+def _power(power: int) -> str:
+    """A power of ten in words: 1,000, 10 million, 1e+15."""
+    for least, word in ((15, ""), (12, "trillion"), (9, "billion"), (6, "million")):
+        if power >= least:
+            return f"{10 ** (power - least)} {word}" if word else f"1e+{power}"
+    return f"{10**power:,}"
 
 
 def _trimmed(label: str) -> str:

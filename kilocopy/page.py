@@ -168,7 +168,8 @@ def _stage(stage: Stage, pages: int) -> dict[str, Any]:
     return {
         "level": stage.verdict.level,
         "badge": report.BADGES[stage.verdict.level],
-        "title": stage.title,
+        "title": f"{stage.index}: {stage.title}",
+        "kinds": _kinds(stage),
         "reasons": stage.verdict.reasons,
         "notes": stage.verdict.notes,
         "cells": [
@@ -179,7 +180,7 @@ def _stage(stage: Stage, pages: int) -> dict[str, Any]:
             (number(through.pages_per_hour) if through else DASH, ""),
             (latency(stage, "ttft_s"), ""),
             (latency(stage, "tpot_s"), ""),
-            (report.errors(stage), _kinds(stage)),
+            (report.errors(stage), ""),
             (money(usd.mid if usd else None), interval(usd.low, usd.high, money) if usd else ""),
             (report.wh_per_page(stage), (interval(wh.low, wh.high) if wh else "")),
             (report.slo(stage), f"{percent(copies.slo_attainment)} held" if copies.slo_attainment is not None else ""),

@@ -18,7 +18,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from kilocopy.figures import figures
+from kilocopy.figures import _power, figures
 from kilocopy.page import render_html
 from kilocopy.report import WIDTH, money, number, pages_unit, print_report, seconds
 from kilocopy.summary import Stage, Summary
@@ -72,6 +72,11 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def policy_of(page: str) -> str:
+    """The page's content security policy."""
+    return next(attributes["content"] or "" for _, attributes in Tags(page).found if attributes.get("http-equiv"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_terminal_is_the_golden_text(name: str) -> None:
     golden, text = GOLDEN / f"{name}.txt", terminal(summaries.ALL[name]())
@@ -121,7 +126,7 @@ def test_page_has_every_section_and_fetches_nothing(name: str) -> None:
         (tag, a) for tag, a in tags.found if {"src", "href", "srcset", "data"} & set(a) or tag in {"link", "iframe", "base", "object"}
     ]
     assert not re.search(r"url\(|@import", page)
-    assert next(a["content"] for tag, a in tags.found if a.get("http-equiv")).startswith("default-src 'none'")
+    assert policy_of(page).startswith("default-src 'none'")
 
 
 def test_page_escapes_what_others_wrote() -> None:
@@ -133,8 +138,7 @@ def test_page_escapes_what_others_wrote() -> None:
 
 
 def test_page_names_its_scripts_by_hash() -> None:
-    policy = next(a["content"] for tag, a in Tags(render_html(summaries.interrupted())).found if a.get("http-equiv"))
-    assert policy is not None
+    policy = policy_of(render_html(summaries.interrupted()))
     assert policy.count("'sha256-") == 2
     assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
 
@@ -145,12 +149,27 @@ def test_interrupted_is_loud() -> None:
 
 
 def test_withheld_latency_is_not_plotted_and_void_is_off_the_line() -> None:
-    plots = {figure.id: figure for figure in figures(summaries.awkward())}
-    assert [trace.name for trace in plots["plot-ttft"].plot.data] == ["4 copies", "128 copies (void)"]
-    assert "Withheld at 32 copies" in plots["plot-ttft"].caption
-    lines = [trace for trace in plots["plot-throughput"].plot.data if trace.name == "measured"]
-    assert {tuple(trace.x) for trace in lines} == {(4, 32)}
-    assert all("lines" not in trace.mode for trace in plots["plot-throughput"].plot.data if trace.name == "void")
+    drawn = figures(summaries.awkward())
+    traces = {figure.id: figure.plot.data for figure in drawn if figure.plot is not None}
+    assert [trace.name for trace in traces["plot-ttft"]] == ["4 copies", "128 copies (void)"]
+    assert "Withheld at 32 copies" in next(figure.caption for figure in drawn if figure.id == "plot-ttft")
+    for name in ("plot-throughput", "plot-cost"):
+        assert {tuple(trace.x) for trace in traces[name] if trace.name == "measured"} == {(4, 32)}
+        void = [trace for trace in traces[name] if trace.name == "void"]
+        assert void
+        assert {trace.mode for trace in void} == {"markers"}
+
+
+def test_powers_of_ten_in_words() -> None:
+    assert [_power(power) for power in (0, 3, 5, 6, 10, 14, 15)] == [
+        "1", "1,000", "100,000", "1 million", "10 billion", "100 trillion", "1e+15",
+    ]  # fmt: skip
+
+
+def test_terminal_survives_the_soft_wrap_of_a_pipe() -> None:
+    out = io.StringIO()
+    print_report(summaries.good(), Console(file=out, highlight=False, soft_wrap=True))
+    assert out.getvalue() == terminal(summaries.good())
 
 
 def test_a_stage_of_nothing_is_reported_with_dashes() -> None:
