@@ -256,6 +256,7 @@ def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
     if stage.window is None:
         return
     void = _is_void(stage)
+    label = copies_label(stage.copies.asked) if len(summary.stages) <= 8 else f"{stage.copies.asked:,}"
     plot.add_shape(
         type="rect",
         x0=stage.window.start_s,
@@ -270,7 +271,7 @@ def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
         line={"width": 0},
     )
     plot.add_annotation(
-        text=f"{copies_label(stage.copies.asked)}{' (void)' if void else ''}",
+        text=f"{label}{' (void)' if void else ''}",
         x=(stage.window.start_s + stage.window.end_s) / 2,
         xref="x",
         y=1,
@@ -309,7 +310,7 @@ def overhang(summary: Summary) -> Figure:
         tickvals=[10.0**power for power in powers],
         ticktext=[_power(power) for power in powers],
     )
-    plot.update_yaxes(categoryorder="array", categoryarray=list(bands)[::-1], range=[-0.5, len(bands) - 0.5])
+    plot.update_yaxes(showgrid=False, categoryorder="array", categoryarray=list(bands)[::-1], range=[-0.5, len(bands) - 0.5])
     caption = "Bars start at one page; each gridline is ten times the last. Whiskers are over the assumed inputs."
     return Figure("plot-overhang", head, caption, _dressed(plot, top=12))
 
@@ -322,8 +323,8 @@ def _ratio_bars(known: dict[str, Band]) -> go.Bar:
         "symmetric": False,
         "color": GREY,
         "thickness": 1.5,
-        "array": [(one.high or one.mid) - one.mid for one in bands],
-        "arrayminus": [one.mid - (one.low or one.mid) for one in bands],
+        "array": [None if one.high is None else one.high - one.mid for one in bands],
+        "arrayminus": [None if one.low is None else one.mid - one.low for one in bands],
     }
     return go.Bar(
         x=[one.mid for one in bands],

@@ -261,7 +261,7 @@ def _conditions(summary: Summary) -> list[tuple[str, str]]:
     run = {key: value for key, value in summary.run.items() if key not in SHOWN_ELSEWHERE}
     spec = [(part.upper() if part == "slo" else part.capitalize(), from_spec(summary, part)) for part in ("model", "slo")]
     known = [(label, run.pop(key, None)) for key, label in CONDITIONS.items()]
-    rest = [(key.replace("_", " ").capitalize(), value) for key, value in sorted(run.items())]
+    rest = [(key.replace("_", " ").capitalize(), value) for key, value in sorted(run.items()) if value is not None]
     return [(label, _words(value)) for label, value in [*spec, *known, *rest]]
 
 

@@ -31,6 +31,7 @@ CHECKS = {
 OUTCOMES = {"passed": "✓ passed", "failed": "✗ failed", "not_checked": "– not checked"}
 RATIOS = {"usd": "money", "energy": "energy", "flop": "FLOPs", "gpu_hours": "GPU-hours"}
 STYLES = {"valid": "green", "latency_withheld": "yellow", "void": "red"}
+_MONEY_HEADS = {1: "$/page", 1000: "$/1k", 1_000_000: "$/1M"}
 _BIG = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
@@ -55,9 +56,10 @@ def money(value: float | None) -> str:
 
 
 def pages_unit(summary: Summary) -> int:
-    """Pages that money is told for: 1, or 1,000 where a single page costs too little to read."""
+    """Pages that money is told for: 1, or a thousand or a million where fewer cost too little to read."""
     costs = [stage.cost.usd_per_page.mid for stage in summary.stages if stage.cost and stage.cost.usd_per_page]
-    return 1000 if costs and min(costs) < 0.01 else 1
+    least = min(costs, default=1.0)
+    return 1 if least >= 1e-2 else 1000 if least >= 1e-5 else 1_000_000
 
 
 def percent(fraction: float | None) -> str:
@@ -221,7 +223,8 @@ def _wrapped(text: str, width: int, *, indent: str = "", style: str = "") -> Tex
 
 def _legend(summary: Summary) -> str:
     """What the table's heads mean."""
-    unit = "$/1k is $ per 1,000 pages. " if pages_unit(summary) > 1 else ""
+    pages = pages_unit(summary)
+    unit = f"{_MONEY_HEADS[pages]} is $ per {pages:,} pages. " if pages > 1 else ""
     means = "N_run: time-mean of copies in flight, driver / servers. TTFT, TPOT: p50 / p99."
     return f"{means} {unit}A page is {summary.page_words} words."
 
@@ -238,10 +241,9 @@ def _table(summary: Summary) -> Table:
     """A row per stage."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     pages = pages_unit(summary)
-    money_head = "$/page" if pages == 1 else "$/1k"
     heads = ("stage", "copies", "N_run", "verdict", "tokens/s", "95 %", "per copy", "pages/h", "TTFT", "TPOT", "errors")
-    for head in (*heads, money_head, "Wh/page", "SLO"):
-        table.add_column(head, justify="left" if head == "verdict" else "right", no_wrap=True)
+    for head in (*heads, _MONEY_HEADS[pages], "Wh/page", "SLO"):
+        table.add_column(head, justify="left" if head == "verdict" else "right", overflow="fold")
     for stage in summary.stages:
         style = STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None
         table.add_row(*(Text(plain(cell)) for cell in _row(stage, pages)), style=style)
@@ -259,7 +261,7 @@ def _row(stage: Stage, pages: int) -> list[str]:
         number(through.output_tokens_per_s.value) if through else DASH,
         half_width(through.output_tokens_per_s).replace(" %", "%") if through else DASH,
         number(through.output_tokens_per_s_per_copy) if through else DASH,
-        number(through.pages_per_hour) if through else DASH,
+        number(through.pages_per_hour).replace(" million", "M") if through else DASH,
         latency(stage, "ttft_s").replace(" / ", "/"),
         latency(stage, "tpot_s").replace(" / ", "/"),
         f"{sum(stage.requests.errors.values()):,}",

@@ -21,7 +21,7 @@ from rich.console import Console
 from kilocopy.figures import _power, figures
 from kilocopy.page import render_html
 from kilocopy.report import WIDTH, money, number, pages_unit, print_report, seconds
-from kilocopy.summary import Stage, Summary
+from kilocopy.summary import Stage, Summary, Verdict
 from tests import summaries
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -158,6 +158,18 @@ def test_withheld_latency_is_not_plotted_and_void_is_off_the_line() -> None:
         void = [trace for trace in traces[name] if trace.name == "void"]
         assert void
         assert {trace.mode for trace in void} == {"markers"}
+
+
+def test_thirteen_wide_stages_fit_without_losing_a_digit() -> None:
+    void = Verdict(level="void", reasons=[], notes=[])
+    stages = [
+        summaries.stage(i, 2**i, 100.0, None, slo_held=None, verdict=void, usd_per_hour=1, cost_sentence="Rent alone.") for i in range(13)
+    ]
+    text = terminal(summaries.good().model_copy(update={"stages": stages}))
+    assert max(len(line) for line in text.splitlines()) <= WIDTH
+    assert "…" not in text
+    assert "$/1M" in text
+    assert render_html(summaries.good().model_copy(update={"stages": stages}))
 
 
 def test_powers_of_ten_in_words() -> None:
