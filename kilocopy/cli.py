@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kilocopy import __version__, doctor, run, serving, starting
+from kilocopy import __version__, doctor, recompute, run, serving, starting
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
@@ -101,7 +101,7 @@ def drive(spec: SpecFile, url: Annotated[str | None, typer.Option("--url", help=
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
     if as_json:
-        path = run.write(run.summarise(run_dir), run_dir)
+        path = run.write(recompute.summarise(run_dir), run_dir)
         typer.echo(path.read_text(encoding="utf-8"), nl=False)
     else:
         _finish(run.report(run_dir))

@@ -153,7 +153,7 @@ class Timeouts(Strict):
 
     connect_s: Positive = 10
     first_token_s: Positive = 120
-    stall_s: Positive = Field(60, description="Longest silence inside a stream.")
+    stall_s: Annotated[Positive, Field(description="Longest silence inside a stream.")] = 60
 
 
 class Workload(Strict):
@@ -274,7 +274,8 @@ def load(path: Path) -> Spec:
 
 def _sentence(path: Path, tree: Any, item: Any) -> str:
     """One validation error of pydantic's as a sentence with the line of the key that is meant."""
-    line, node, keys = 1, tree, []
+    node: Any = tree
+    line, keys = 1, []
     for part in item["loc"]:
         if isinstance(node, dict) and part in node:
             line, node = node.lc.key(part)[0] + 1, node[part]

@@ -79,7 +79,7 @@ def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.i
     """The data of every whole server-sent event, and for each the index of the piece that completed it.
 
     Follows the SSE standard: LF, CRLF or CR end a line, a blank line ends an event, several `data` lines are one payload
-    joined by LF, comments and other fields are skipped, and an event without its blank line does not exist.
+    joined by LF, comments, other fields and empty data are skipped, and an event without its blank line does not exist.
     """
     pieces = _one_line_end(pieces)
     blob = b"".join(pieces)
@@ -91,18 +91,18 @@ def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.i
     if blocks and blocks[0].startswith(_BOM):
         blocks[0] = blocks[0].removeprefix(_BOM)
     data = [block[6:] if block[:6] == b"data: " and b"\n" not in block else _data(block) for block in blocks]
-    keep = [index for index, payload in enumerate(data) if payload is not None]
-    return [payload for payload in data if payload is not None], piece_of[keep]
+    keep = [index for index, payload in enumerate(data) if payload]
+    return [payload for payload in data if payload], piece_of[keep]
 
 
-def _data(block: bytes) -> bytes | None:
-    """The payload of an event that is more than one plain `data: ` line; None without any."""
+def _data(block: bytes) -> bytes:
+    """The payload of an event that is more than one plain `data: ` line; empty without any."""
     lines = []
     for line in block.split(b"\n"):
         name, _, value = line.partition(b":")
         if name == b"data":
             lines.append(value.removeprefix(b" "))
-    return b"\n".join(lines) if lines else None
+    return b"\n".join(lines)
 
 
 def _one_line_end(pieces: Sequence[bytes]) -> Sequence[bytes]:

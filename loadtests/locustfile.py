@@ -25,7 +25,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))  # Locust loads this file by its path; its siblings are imported as loadtests.x
 
 import gevent  # noqa: E402
+from gevent.lock import RLock  # noqa: E402
 from locust import LoadTestShape, User, constant, events, task  # noqa: E402
+from locust.exception import StopUser  # noqa: E402
 from locust.runners import LocalRunner  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
@@ -38,7 +40,7 @@ from loadtests.streams import Client, Reader, Stream, Target  # noqa: E402
 from loadtests.workload import Workload  # noqa: E402
 
 log = logging.getLogger("kilocopy.driver")
-EXIT_DISK_FULL, EXIT_INTERRUPTED, EXIT_PROBLEM, EXIT_BUG = 3, 130, 2, 1
+EXIT_BUG, EXIT_DISK_FULL, EXIT_INTERRUPTED = 1, 3, 130
 
 
 class Driver:
@@ -56,6 +58,7 @@ class Driver:
         self.recorder: Recorder | None = None
         self.target: Target | None = None
         self._greenlets: list[Any] = []
+        self._closing = RLock()
 
     def _spec(self) -> Spec:
         if self.run_dir is None:
@@ -129,20 +132,28 @@ class Driver:
         gevent.spawn(self._leave)
 
     def _leave(self) -> None:
+        self.stop()
         self.environment.runner.quit()
         if self.environment.web_ui:
             self.environment.web_ui.stop()
 
     def stop(self) -> None:
-        """The test stopped, for whatever reason: the users are gone, their streams are rows."""
-        gevent.killall([greenlet for greenlet in self._greenlets if greenlet is not gevent.getcurrent()])
-        if self.reader is not None and self.recorder is not None:
+        """Close the run, for whatever reason it ends; each stream that is open becomes a cancelled row first.
+
+        A signal, Locust's quitting and its stopping all come here, some at once: the first does it, the others wait for it.
+        """
+        with self._closing:
+            if self.reader is None or self.recorder is None:
+                return
+            gevent.killall(self._greenlets)
+            self.environment.runner.user_greenlets.kill()
             self.reader.stop()
             try:
                 self.recorder.close("interrupted")
             except OSError as error:
-                self.fail(f"kilocopy: the last records cannot be written: {error.strerror or error}", EXIT_DISK_FULL)
-        self.reader = self.recorder = self.conductor = None
+                sys.stderr.write(f"kilocopy: the last records cannot be written: {error.strerror or error}\n")
+                self.environment.process_exit_code = EXIT_DISK_FULL
+            self.reader = self.recorder = self.conductor = None
 
     def _fire(self, row: dict[str, Any], stream: Stream) -> None:
         copies = self.spec.stages[row["stage"]].copies
@@ -161,8 +172,7 @@ driver: Driver | None = None
 
 def _refuse(problem: ProblemError) -> NoReturn:
     sys.stderr.write(f"kilocopy: {problem}\n")
-    sys.stderr.flush()
-    os._exit(problem.code)  # Locust catches SystemExit in some of its greenlets
+    sys.exit(problem.code)
 
 
 @events.init.add_listener  # type: ignore[untyped-decorator]
@@ -172,11 +182,13 @@ def _on_init(environment: Any, runner: Any, **_: Any) -> None:
         if not isinstance(runner, LocalRunner):
             raise ProblemError("several driver processes are not supported yet: leave out --processes, --master and --worker")
         driver = Driver(environment)
+        if environment.host:  # else it is asked for on Locust's page
+            Target.parse(environment.host)
     except ProblemError as problem:
         _refuse(problem)
     # Python's own handler would raise KeyboardInterrupt wherever the loop happens to be, in the middle of a stream's bytes.
     gevent.signal_handler(signal.SIGINT, driver.quit, EXIT_INTERRUPTED)
-    gevent.signal_handler(signal.SIGTERM, driver.quit, EXIT_INTERRUPTED)
+    gevent.signal_handler(signal.SIGTERM, driver.quit, EXIT_INTERRUPTED)  # Locust's comes only after the last stage
 
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]
@@ -185,13 +197,14 @@ def _on_test_start(**_: Any) -> None:
     try:
         driver.start()
     except ProblemError as problem:
-        _refuse(problem)
+        driver.fail(f"kilocopy: {problem}", problem.code)
 
 
+@events.quitting.add_listener  # type: ignore[untyped-decorator]
 @events.test_stop.add_listener  # type: ignore[untyped-decorator]
 def _on_test_stop(**_: Any) -> None:
-    assert driver is not None  # noqa: S101
-    driver.stop()
+    if driver is not None:
+        driver.stop()
 
 
 class Copy(User):  # type: ignore[misc]
@@ -200,11 +213,13 @@ class Copy(User):  # type: ignore[misc]
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        assert driver is not None and driver.reader is not None and driver.target is not None  # noqa: S101, PT018
+        if driver is None or driver.reader is None or driver.target is None:
+            raise StopUser  # the start failed, and said so
         self.client = Client(driver.reader, driver.target, driver.spec.workload.timeouts, driver.api_key)
 
     def on_stop(self) -> None:
-        self.client.close()
+        if hasattr(self, "client"):
+            self.client.close()
 
     @task  # type: ignore[untyped-decorator]
     def play(self) -> None:

@@ -84,6 +84,7 @@ class Stream:
         self.stamps_ns = array("Q")
         self.bytes = 0
         self.whole = False
+        self.keeps = False  # whether the connection can be used again
         self.outcome: str | None = None
         self.error: str | None = None
         self.ended = Event()
@@ -109,7 +110,7 @@ class Stream:
 
     def on_message_complete(self) -> None:
         if self.status is not None and self.status >= 200:  # a 1xx answer only comes before the true one
-            self.whole = True
+            self.whole, self.keeps = True, self.parser.should_keep_alive()
 
     def forget(self) -> None:
         """Be as new; for a request that is sent again since nothing came back."""
@@ -182,7 +183,7 @@ class Connection:
         stream, self.stream = self.stream, None
         assert stream is not None  # noqa: S101
         self.served += 1
-        if not stream.parser.should_keep_alive():
+        if not stream.keeps:
             self.close()
         self._reader.open_streams.discard(stream)
         stream.end(now_ns)

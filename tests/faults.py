@@ -27,6 +27,7 @@ class Server:
         self.requests: list[dict[str, object]] = []
         self.heads: list[str] = []
         self.connections = 0
+        self.sends_ns: list[list[int]] = []  # for each good stream, when each of its events was handed to the kernel
         self._open = True
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -86,8 +87,10 @@ class Server:
     def _ok(self, client: socket.socket) -> None:
         client.sendall(CHUNKED.encode())
         due = time.perf_counter() + self.ttft_s
+        self.sends_ns.append(sends_ns := [])
         for event in self.events():
             time.sleep(max(0.0, due - time.perf_counter()))
+            sends_ns.append(time.perf_counter_ns())
             client.sendall(chunk(f"data: {event}\n\n"))
             due += self.itl_s
         client.sendall(chunk("data: [DONE]\n\n") + b"0\r\n\r\n")
