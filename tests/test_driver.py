@@ -1,0 +1,204 @@
+"""The driver as a process: what it records when all goes well, when the server misbehaves, and when it is stopped or killed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kilocopy import records, schedule
+from kilocopy.spec import Spec, load
+from tests.faults import Server
+
+CHECKOUT = Path(__file__).parent.parent
+SMOKE = load(CHECKOUT / "loadtests/specs/smoke.yaml")
+pytestmark = pytest.mark.timeout(60)
+WAYS = {  # the server's ways, and what a row says of them
+    "http_500": "http_5xx", "close_mid": "truncated", "garbage": "bad_stream",
+    "http_401": "http_4xx", "stall_mid": "timeout_stall", "ok": "ok",
+}  # fmt: skip
+
+
+def spec(*stages: dict[str, Any], **workload: Any) -> Spec:
+    tree = SMOKE.model_dump(mode="json")
+    tree["model"]["source"] = "/no/such/model"  # prompts by words: no tokenizer to load
+    tree["workload"] |= {"timeouts": {"connect_s": 1, "first_token_s": 1, "stall_s": 0.5}} | workload
+    tree["stages"] = [{"arrival": "closed", "warmup_s": 0, "ramp_s": 0.2, **stage} for stage in stages]
+    return Spec.model_validate(tree)
+
+
+class Drive:
+    """A driver process at work on a run directory."""
+
+    def __init__(self, run_dir: Path, url: str, played: Spec, *more: str) -> None:
+        self.run_dir = run_dir
+        records.write_json(run_dir / "manifest.json", {"spec": played.model_dump(mode="json")})
+        environment = os.environ | {"KILOCOPY_RUN_DIR": str(run_dir), "KILOCOPY_SETTLE_S": "0.2", "KILOCOPY_API_KEY": "sk-secret"}
+        command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--only-summary", "--loglevel", "WARNING"]
+        self.process = subprocess.Popen(
+            [*command, "--host", url, *(more or ["--headless"])], cwd=CHECKOUT, env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.out = self.err = ""
+
+    def wait(self, timeout_s: float = 40) -> int:
+        self.out, self.err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode
+
+    def until_rows(self, count: int) -> None:
+        self.until(lambda: len(self.rows) >= count)
+
+    def until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not true():
+            assert time.monotonic() < deadline, "the rows did not come"
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.1)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return records.read(self.run_dir, "requests").to_pylist()
+
+    @property
+    def events(self) -> list[str]:
+        return [event["event"] for event in records.read_events(self.run_dir)]
+
+
+@pytest.fixture
+def started() -> Iterator[list[Drive]]:
+    drives: list[Drive] = []
+    yield drives
+    for drive in drives:
+        if drive.process.poll() is None:
+            drive.process.kill()
+            drive.process.communicate()
+
+
+def test_stages_follow_one_another_and_are_recorded_whole(tmp_path: Path, started: list[Drive]) -> None:
+    played = spec({"copies": 3, "duration_s": 1.5}, {"copies": 5, "requests": 12}, {"copies": 1, "requests": 2})
+    with Server("ok", tokens=10, ttft_s=0.03, itl_s=0.01) as server:
+        started.append(drive := Drive(tmp_path, server.url, played))
+        assert drive.wait() == 0, drive.err
+    stage_events = ["stage_start", "stage_stop_asking", "stage_drained", "stage_settled"]
+    assert drive.events == ["run_start", *stage_events * 3, "run_end"]
+    ends = {(event["event"], event.get("stage")): event["time_ns"] for event in records.read_events(tmp_path)}
+    rows = drive.rows
+    assert {row["outcome"] for row in rows} == {"ok"}
+    assert len({(row["stage"], row["copy"], row["sequence"]) for row in rows}) == len(rows) == len(server.requests)
+    for row in rows:
+        assert ends["stage_start", row["stage"]] <= row["scheduled_ns"] <= row["sent_ns"] <= row["first_token_ns"]
+        assert row["last_token_ns"] <= row["finished_ns"] <= ends["stage_drained", row["stage"]]
+        assert row["sent_ns"] <= ends["stage_stop_asking", row["stage"]] + 50e6
+        assert (row["chunks"], len(row["gaps_us"]), row["output_tokens"], row["output_words"]) == (10, 9, 10, 10)
+    assert {row["copy"] for row in rows if row["stage"] == 0} == {0, 1, 2}
+    assert {row["copy"] for row in rows if row["stage"] == 1} == {0, 1, 2, 3, 4}
+    warm_ns = ends["stage_start", 1] + 0.2e9
+    assert sum(row["stage"] == 1 and row["scheduled_ns"] >= warm_ns for row in rows) == 12
+    assert len({request["prompt"] for request in server.requests}) == len(rows)
+    assert '"phase": "window"' in drive.out
+    health = records.read(tmp_path, "driver").to_pylist()
+    assert max(row["in_flight"] for row in health) <= 5
+    assert health[-1]["sent"] == health[-1]["finished"] == len(rows)
+
+
+def test_the_same_spec_asks_the_same(tmp_path: Path, started: list[Drive]) -> None:
+    asked = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with Server("ok", tokens=2, itl_s=0) as server:
+            started.append(drive := Drive(tmp_path / name, server.url, spec({"copies": 2, "requests": 3, "ramp_s": 0}, endpoint="chat")))
+            assert drive.wait() == 0, drive.err
+        by_seed = {request["seed"]: request for request in server.requests}
+        asked.append([by_seed[schedule.request_seed(1, 0, copy, 0)] for copy in (0, 1)])
+    assert asked[0] == asked[1]
+    assert "messages" in asked[0][0]
+
+
+def test_failures_are_rows_and_the_copies_go_on(tmp_path: Path, started: list[Drive]) -> None:
+    with Server("http_500") as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 2, "duration_s": 60})))
+        for mode, outcome in WAYS.items():
+            server.mode = mode
+            drive.until(lambda outcome=outcome: any(row["outcome"] == outcome for row in drive.rows))
+        drive.process.send_signal(signal.SIGINT)
+        assert drive.wait() == 130, drive.err
+    assert {row["outcome"] for row in drive.rows} <= {*WAYS.values(), "cancelled"}
+    assert all((row["error"] is None) == (row["outcome"] == "ok") for row in drive.rows)
+    assert "sk-secret" not in str(drive.rows) + drive.out + drive.err
+
+
+def test_an_outage_is_no_busy_loop(tmp_path: Path, started: list[Drive]) -> None:
+    with Server("refuse") as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 4, "duration_s": 3})))
+        assert drive.wait() == 0, drive.err
+    assert {row["outcome"] for row in drive.rows} == {"refused"}
+    assert 8 <= len(drive.rows) <= 4 * 7  # 0.1 + 0.2 + 0.4 + ... s apart
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_streams_as_cancelled(tmp_path: Path, started: list[Drive], signum: int) -> None:
+    with Server("ok", tokens=40, itl_s=0.02) as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 4, "duration_s": 60})))
+        drive.until_rows(4)
+        time.sleep(0.3)
+        drive.process.send_signal(signum)
+        assert drive.wait(15) == 130, drive.err
+    assert records.read_events(tmp_path)[-1]["reason"] == "interrupted"
+    cancelled = [row for row in drive.rows if row["outcome"] == "cancelled"]
+    assert len(cancelled) == 4
+    assert any(row["chunks"] > 0 for row in cancelled)
+
+
+def test_a_killed_driver_leaves_what_it_recorded(tmp_path: Path, started: list[Drive]) -> None:
+    with Server("ok", tokens=5) as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 2, "duration_s": 60})))
+        drive.until_rows(5)
+        drive.process.kill()
+        drive.wait()
+    assert len(drive.rows) >= 5
+    assert "run_end" not in drive.events
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path, started: list[Drive]) -> None:
+    with Server("ok", tokens=5) as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 2, "duration_s": 60})))
+        drive.until_rows(5)
+        size = (tmp_path / "requests/worker0.arrow").stat().st_size
+        psutil.Process(drive.process.pid).rlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))  # the kernel refuses to write on
+        assert drive.wait(15) == 3, drive.err
+    assert "kilocopy: the run ended: its records cannot be written" in drive.err
+    assert len(drive.rows) >= 5
+
+
+def test_the_watcher_gone_ends_the_run(tmp_path: Path, started: list[Drive]) -> None:
+    with Server("ok", tokens=5) as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 1, "duration_s": 60})))
+        drive.until_rows(1)
+        assert drive.process.stdout is not None
+        drive.process.stdout.close()
+        assert drive.process.wait(15) == 130
+
+
+def test_locusts_web_page_works_too(tmp_path: Path, started: list[Drive]) -> None:
+    web = ["--autostart", "--autoquit", "0", "--web-host", "127.0.0.1", "--web-port", "0"]
+    with Server("ok", tokens=5) as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 2, "requests": 6}), *web))
+        assert drive.wait() == 0, drive.err
+    assert drive.events[-1] == "run_end"
+
+
+def test_a_wrong_start_is_one_sentence(tmp_path: Path, started: list[Drive]) -> None:
+    played = spec({"copies": 1, "requests": 1})
+    started.append(drive := Drive(tmp_path, "nonsense:1", played))
+    assert drive.wait() == 2
+    assert "is not an address" in drive.err
+    assert "Traceback" not in drive.err
