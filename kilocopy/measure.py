@@ -307,7 +307,7 @@ def spans(events: Sequence[dict[str, Any]]) -> list[Span]:
         for index in begun
     ]
     found.sort(key=lambda span: span.start_s)
-    following = [span.start_s for span in found[1:]] + [np.inf]
+    following = [*(span.start_s for span in found[1:]), np.inf][: len(found)]
     return [replace(span, next_s=next_s) for span, next_s in zip(found, following, strict=True)]
 
 
@@ -574,7 +574,7 @@ def _trend_p_value(x: Floats, y: Floats, slope: float) -> float:
 
 def error_fraction(streams: Streams, start_s: float, end_s: float) -> float:
     """Errors over requests that ended inside the window; those that the driver cancelled count on neither side."""
-    ended = (streams.finished_s >= start_s) & (streams.finished_s <= end_s)
+    ended = (streams.finished_s > start_s) & (streams.finished_s <= end_s)
     failed, ok = int((ended & streams.failed).sum()), int((ended & streams.ok).sum())
     return failed / (failed + ok) if failed + ok else 0.0
 
@@ -712,7 +712,7 @@ def _latency(inside: Streams) -> summary.Latency:
     """Percentiles over the ok requests that were sent and finished inside the window."""
     several = inside.output_tokens > 1
     tpot_s = (inside.last_s - inside.first_s)[several] / (inside.output_tokens[several] - 1)
-    tokens_per_chunk = inside.output_tokens / (inside.gap_counts + 1)
+    tokens_per_chunk = np.where(inside.output_tokens > 0, inside.output_tokens, np.nan) / (inside.gap_counts + 1)
     return summary.Latency(
         ttft_s=percentiles(inside.first_s - inside.sent_s),
         tpot_s=percentiles(tpot_s),

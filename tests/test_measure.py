@@ -1,0 +1,557 @@
+"""Measurement against examples worked by hand, and properties that no change of the formulas may lose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kilocopy import measure
+from kilocopy.records import Writer
+from kilocopy.spec import Spec
+from kilocopy.summary import Check, Reason, Stage, Window
+from tests import synthetic
+from tests.synthetic import ANCHOR, Run, ideal
+
+seconds = st.floats(0, 100, allow_nan=False)
+
+
+def stage_of(path: Path, index: int = 0, *, shares_host: bool = False) -> Stage:
+    """One stage of a run directory, measured."""
+    recording = measure.load(path)
+    tree = json.loads((path / "manifest.json").read_text())["spec"]
+    span = next(span for span in measure.spans(recording.events) if span.index == index)
+    return measure.stage(Spec.model_validate(tree), recording, span, shares_host)
+
+
+def codes(reasons: list[Reason]) -> set[str]:
+    return {reason.code for reason in reasons}
+
+
+def check(stage: Stage, name: str) -> Check:
+    return next(check for check in stage.checks if check.name == name)
+
+
+def one_copy(path: Path, **changes: Any) -> Run:
+    return Run(path, synthetic.spec((1,), **changes))
+
+
+# ------------------------------------------------------------------------------------------------------- a stage by hand
+
+
+def test_an_ideal_stage(tmp_path: Path) -> None:
+    """4 copies, 10 tokens in 1 s each: 40 tokens/s; the window is ramp 1 s + warm-up 1 s to 22 s."""
+    stage = stage_of(ideal(tmp_path))
+    assert stage.verdict.level == "valid"
+    assert stage.window is not None
+    assert (stage.window.start_s, stage.window.end_s) == (2.0, 22.0)
+    assert stage.throughput is not None
+    assert stage.throughput.output_tokens == pytest.approx(800)
+    assert stage.throughput.output_tokens_per_s.value == pytest.approx(40)
+    assert stage.throughput.output_tokens_per_s_per_copy == pytest.approx(10)
+    assert stage.throughput.output_tokens_per_s_per_device == pytest.approx(20)
+    assert stage.throughput.output_tokens_per_s_per_replica == pytest.approx(20)
+    assert stage.throughput.words_per_token == pytest.approx(0.5)
+    assert stage.throughput.words_per_s == pytest.approx(20)
+    assert stage.throughput.pages == pytest.approx(0.8)
+    assert stage.throughput.pages_per_hour == pytest.approx(144)
+    assert stage.throughput.requests_per_s == pytest.approx(4)
+    assert stage.copies.n_run_client == pytest.approx(4)
+    assert stage.copies.n_human == pytest.approx({"238": 20 * 60 / 238, "150": 8, "600": 2})
+    assert (stage.copies.slo_held, stage.copies.slo_attainment) == (True, 1.0)
+    assert [check.outcome for check in stage.checks] == ["passed"] * 3
+    assert stage.requests.sent == stage.requests.ok == 88
+
+
+def test_latency_of_an_ideal_stage(tmp_path: Path) -> None:
+    latency = stage_of(ideal(tmp_path)).latency
+    assert latency is not None
+    for found, expected in ((latency.ttft_s, 0.1), (latency.tpot_s, 0.1), (latency.itl_s, 0.1), (latency.e2e_s, 1.0)):
+        assert found is not None
+        assert (found.p50, found.p99) == pytest.approx((expected, expected))
+    assert latency.send_lag_s is not None
+    assert latency.send_lag_s.p99 == 0
+
+
+def test_only_tokens_that_arrived_in_the_window_count(tmp_path: Path) -> None:
+    """One stream from 0 s to 30 s, a token each second from 1 s: the window from 2 s to 22 s holds 20 of its 30 tokens."""
+    run = one_copy(tmp_path)
+    run.stream(0, ttft_s=1, gaps_s=[1.0] * 29)
+    run.marks(0, 0, 22, 30)
+    stage = stage_of(run.end(32))
+    assert stage.throughput is not None
+    assert stage.throughput.output_tokens == pytest.approx(20)
+    assert stage.requests.in_window_ok == 0
+    assert stage.copies.slo_held is None
+    assert "slo-not-judged" in codes(stage.verdict.notes)
+    assert check(stage, "littles_law").outcome == "not_checked"
+
+
+def test_a_chunk_of_several_tokens_counts_as_many(tmp_path: Path) -> None:
+    """10 chunks stand for 30 tokens: 30 tokens/s, gaps of 0.1 s, 1/30 s per token."""
+    run = one_copy(tmp_path)
+    run.stage(output_tokens=30)
+    stage = stage_of(run.end(25))
+    assert stage.throughput is not None
+    assert stage.latency is not None
+    assert stage.latency.icl_s is not None
+    assert stage.latency.itl_s is not None
+    assert stage.throughput.output_tokens_per_s.value == pytest.approx(30)
+    assert stage.latency.icl_s.p50 == pytest.approx(0.1)
+    assert stage.latency.itl_s.p50 == pytest.approx(0.1 / 3)
+
+
+def test_the_window_waits_for_the_last_copys_first_token(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((2,)))
+    for copy, ttft_s in ((0, 0.5), (1, 7.0)):
+        run.stream(0, ttft_s=ttft_s, gaps_s=[0.1] * 200, copy=copy)
+    run.marks(0, 0, 20, 28)
+    window = stage_of(run.end(30)).window
+    assert window is not None
+    assert (window.start_s, window.end_s) == (7.0, 20.0)
+    assert "last copy's first token" in window.rule
+
+
+def test_errors_are_in_flight_but_not_in_the_tokens(tmp_path: Path) -> None:
+    """A broken stream keeps its place among the copies; its chunks are no output."""
+    run = one_copy(tmp_path)
+    run.stage()
+    run.stream(5, gaps_s=[0.1] * 49, outcome="truncated", output_tokens=None, copy=0)
+    stage = stage_of(run.end(25))
+    assert stage.throughput is not None
+    assert stage.throughput.output_tokens == pytest.approx(200)
+    assert stage.copies.n_run_client == pytest.approx((20 + 5) / 20)
+    assert stage.requests.errors == {"truncated": 1}
+
+
+def test_slo_counts_the_streams_that_held_it(tmp_path: Path) -> None:
+    """Every other stream makes 5 tokens/s where 9 are asked for."""
+    run = one_copy(tmp_path)
+    at_s = 0.0
+    for number in range(15):
+        at_s = run.stream(at_s, gaps_s=[0.1 if number % 2 else 0.2] * 9)
+    run.marks(0, 0, 22, at_s)
+    stage = stage_of(run.end(at_s + 2))
+    inside = stage.requests.in_window_ok
+    assert stage.copies.slo_attainment == pytest.approx((inside // 2 + inside % 2) / inside, abs=1 / inside)
+    assert stage.copies.slo_held is False
+
+
+def test_slo_needs_the_ttft_too(tmp_path: Path) -> None:
+    run = one_copy(tmp_path, slo={"tokens_per_s_per_copy": 1, "ttft_s": 0.05})
+    run.stage()
+    assert stage_of(run.end(25)).copies.slo_attainment == 0.0
+
+
+def test_a_stream_of_one_token_has_no_speed_to_miss(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage(gaps_s=[], ttft_s=0.5)
+    stage = stage_of(run.end(25))
+    assert stage.copies.slo_attainment == 1.0
+    assert stage.latency is not None
+    assert stage.latency.tpot_s is None
+    assert stage.latency.icl_s is None
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_void_when_the_driver_is_too_slow(tmp_path: Path) -> None:
+    """A copy that pauses 0.1 s after each stream of 1 s is in flight for 10/11 of the time."""
+    run = one_copy(tmp_path)
+    for number in range(20):
+        run.stream(1.1 * number)
+    run.marks(0, 0, 22, 22)
+    verdict = stage_of(run.end(24)).verdict
+    assert verdict.level == "void"
+    assert codes(verdict.reasons) == {"driver-too-slow"}
+
+
+def test_copies_held_back_by_errors_are_not_the_drivers_fault(tmp_path: Path) -> None:
+    run = one_copy(tmp_path, slo={"error_fraction_max": 0.5})
+    for number in range(20):
+        run.stream(1.1 * number)
+        run.failure(1.1 * number + 1.0, 1.1 * number + 1.001, outcome="http_429")
+    run.marks(0, 0, 22, 22)
+    assert "driver-too-slow" not in codes(stage_of(run.end(24)).verdict.reasons)
+
+
+def test_void_when_the_rate_falls(tmp_path: Path) -> None:
+    """The gaps double halfway through."""
+    run = one_copy(tmp_path)
+    at_s = 0.0
+    while at_s < 22:
+        at_s = run.stream(at_s, gaps_s=[0.1 if at_s < 12 else 0.2] * 9)
+    run.marks(0, 0, 22, at_s)
+    reasons = stage_of(run.end(at_s + 2)).verdict.reasons
+    assert codes(reasons) == {"no-steady-state"}
+    assert "first half" in reasons[0].sentence
+
+
+def test_void_with_too_many_errors(tmp_path: Path) -> None:
+    """One error beside 20 streams: 4.8 %, where 1 % is allowed."""
+    run = one_copy(tmp_path)
+    run.stage()
+    run.failure(10, 10.5)
+    verdict = stage_of(run.end(25)).verdict
+    assert codes(verdict.reasons) == {"too-many-errors"}
+    assert "4.76 %" in verdict.reasons[0].sentence
+
+
+def test_cancelled_streams_are_no_errors(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    run.failure(10, 10.5, outcome="cancelled")
+    stage = stage_of(run.end(25))
+    assert stage.verdict.level == "valid"
+    assert (stage.requests.cancelled, stage.requests.errors) == (1, {})
+
+
+def test_everything_errors(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    for number in range(20):
+        run.failure(number, number + 1, outcome="refused")
+    run.marks(0, 0, 20, 20)
+    stage = stage_of(run.end(22))
+    assert stage.window is None
+    assert stage.throughput is None
+    assert stage.latency is None
+    assert codes(stage.verdict.reasons) == {"no-tokens", "too-many-errors"}
+    assert stage.requests.errors == {"refused": 20}
+
+
+def test_a_copy_without_a_token_leaves_no_window(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((3,)))
+    run.stream(0, copy=0)
+    run.stream(0, copy=1)
+    run.marks(0, 0, 20, 20)
+    stage = stage_of(run.end(22))
+    assert stage.window is None
+    assert "1 of 3 copies never got a token" in stage.verdict.reasons[0].sentence
+
+
+def test_a_stage_shorter_than_its_warm_up(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage(asks_s=1.5)
+    stage = stage_of(run.end(5))
+    assert stage.window is None
+    assert codes(stage.verdict.reasons) == {"no-steady-state"}
+
+
+def test_a_killed_stage_is_interrupted(tmp_path: Path) -> None:
+    """No stop, no drain: the window runs to the last record."""
+    run = one_copy(tmp_path)
+    run.event("stage_start", 0, stage=0)
+    for number in range(15):
+        run.stream(number)
+    stage = stage_of(run.close())
+    assert codes(stage.verdict.reasons) == {"interrupted"}
+    assert stage.window is not None
+    assert stage.window.end_s == pytest.approx(15)
+    assert check(stage, "client_tokens_vs_server").outcome == "not_checked"
+
+
+def test_a_stage_killed_in_its_drain_is_interrupted_too(tmp_path: Path) -> None:
+    """Rows are written at the end of streams: those that were open in the window are missing."""
+    run = one_copy(tmp_path)
+    run.event("stage_start", 0, stage=0)
+    for number in range(21):
+        run.stream(number)
+    run.event("stage_stop_asking", 20.5, stage=0)
+    assert "interrupted" in codes(stage_of(run.close()).verdict.reasons)
+
+
+def test_a_late_driver_withholds_latency_and_nothing_else(tmp_path: Path) -> None:
+    """Lag 11 ms; the limit is 10 % of the median ITL of 0.1 s, 10 ms."""
+    run = one_copy(tmp_path)
+    run.stage()
+    for second in range(20):
+        run.lag(2 + second, lag_us=11_000)
+    stage = stage_of(run.end(25))
+    assert stage.verdict.level == "latency_withheld"
+    assert codes(stage.verdict.reasons) == {"driver-lag"}
+    assert stage.latency is None
+    assert stage.ttft_values_s == stage.icl_values_s == []
+    assert stage.throughput is not None
+
+
+def test_lag_within_a_tenth_of_the_itl_is_fine(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    for second in range(20):
+        run.lag(2 + second, lag_us=9_000)
+    assert stage_of(run.end(25)).verdict.level == "valid"
+
+
+BUNCHED = (0.2, 0.0) * 4 + (0.1,)  # 4 of 9 gaps are nothing
+
+
+def test_bunched_chunks_of_a_sleepy_driver_withhold_latency(tmp_path: Path) -> None:
+    """The median gap is 0.1 s; a driver that sleeps for 60 ms can have made the bunches."""
+    run = one_copy(tmp_path)
+    run.stage(gaps_s=BUNCHED)
+    for second in range(20):
+        run.lag(2 + second, lag_us=60_000)
+    assert codes(stage_of(run.end(25)).verdict.reasons) == {"driver-lag", "bunched-reads"}
+
+
+def test_bunched_chunks_without_a_lag_record_are_held_against_the_driver(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    at_s = 0.0
+    while at_s < 22:
+        at_s = run.stream(at_s, gaps_s=BUNCHED)
+    run.marks(0, 0, 22, at_s)
+    verdict = stage_of(run.end(25)).verdict
+    assert codes(verdict.reasons) == {"bunched-reads"}
+    assert "driver-lag-unknown" in codes(verdict.notes)
+
+
+def test_bunched_chunks_under_a_wakeful_driver_are_the_servers(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage(gaps_s=BUNCHED)
+    verdict = stage_of(run.end(25)).verdict
+    assert verdict.level == "valid"
+    assert "bunched-by-server" in codes(verdict.notes)
+
+
+def test_notes_name_the_shared_host_and_a_short_window(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage(asks_s=8)
+    stage = stage_of(run.end(12), shares_host=True)
+    assert {"driver-shares-host", "short-window", "few-streams", "tokens-not-checked"} <= codes(stage.verdict.notes)
+    assert stage.throughput is not None
+    assert stage.throughput.output_tokens_per_s.low is None
+
+
+# -------------------------------------------------------------------------------------------------- the servers' counters
+
+
+def counted(path: Path, samples: list[tuple[float, float]], **labels: str) -> Stage:
+    run = one_copy(path)
+    run.stage()  # 22 streams of 10 tokens, drained at 22 s, settled at 23 s
+    for at_s, value in samples:
+        run.scrape(at_s, labels=json.dumps(labels), generation_tokens_total=value)
+    return stage_of(run.end(25))
+
+
+def test_client_and_server_agree(tmp_path: Path) -> None:
+    found = check(counted(tmp_path, [(0, 1000), (10, 1100), (23.5, 1220)]), "client_tokens_vs_server")
+    assert (found.left, found.right, found.outcome) == (220, 220, "passed")
+
+
+def test_over_one_percent_apart_is_void(tmp_path: Path) -> None:
+    stage = counted(tmp_path, [(0, 0), (23.5, 223)])
+    assert codes(stage.verdict.reasons) == {"counters-disagree"}
+    assert "223" in stage.verdict.reasons[0].sentence
+
+
+def test_just_under_one_percent_is_valid(tmp_path: Path) -> None:
+    assert counted(tmp_path, [(0, 0), (23.5, 222)]).verdict.level == "valid"
+
+
+def test_a_counter_reset_loses_nothing_that_was_scraped(tmp_path: Path) -> None:
+    """500 -> 600, restart, 0 -> 120: 100 + 120."""
+    found = check(counted(tmp_path, [(0, 500), (10, 600), (15, 20), (23.5, 120)]), "client_tokens_vs_server")
+    assert found.right == 220
+
+
+def test_scrapes_before_the_settling_are_not_the_last(tmp_path: Path) -> None:
+    found = check(counted(tmp_path, [(0, 0), (22.5, 150), (23.5, 220), (24.5, 999)]), "client_tokens_vs_server")
+    assert found.right == 220
+
+
+def test_label_sets_and_targets_are_summed(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    for target, labels, last in (("a:1", '{"r": 1}', 100), ("a:1", '{"r": 2}', 70), ("b:1", "{}", 50)):
+        run.scrape(0, target, labels, generation_tokens_total=5)
+        run.scrape(23.5, target, labels, generation_tokens_total=5 + last)
+    assert check(stage_of(run.end(25)), "client_tokens_vs_server").right == 220
+
+
+def test_a_series_born_in_the_stage_began_at_zero(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    run.scrape(0, num_requests_running=0)
+    run.scrape(5, generation_tokens_total=40)
+    run.scrape(23.5, generation_tokens_total=220)
+    assert check(stage_of(run.end(25)), "client_tokens_vs_server").right == 220
+
+
+@pytest.mark.parametrize("samples", [[], [(5, 10), (23.5, 230)], [(0, 0), (10, 100)]])
+def test_without_scrapes_on_both_sides_nothing_is_checked(tmp_path: Path, samples: list[tuple[float, float]]) -> None:
+    stage = counted(tmp_path, samples)
+    assert check(stage, "client_tokens_vs_server").outcome == "not_checked"
+    assert stage.verdict.level == "valid"
+    assert "tokens-not-checked" in codes(stage.verdict.notes)
+
+
+def test_two_stages_share_the_scrape_between_them(tmp_path: Path) -> None:
+    path = ideal(tmp_path, synthetic.spec((1, 4)))
+    assert [check(stage_of(path, i), "client_tokens_vs_server").right for i in (0, 1)] == [220, 880]
+
+
+def test_chunks_of_broken_streams_are_on_the_clients_side(tmp_path: Path) -> None:
+    run = one_copy(tmp_path, slo={"error_fraction_max": 0.9})
+    run.stage()
+    run.stream(5, outcome="truncated", output_tokens=None)
+    run.scrape(0, generation_tokens_total=0)
+    run.scrape(23.5, generation_tokens_total=230)
+    found = check(stage_of(run.end(25)), "client_tokens_vs_server")
+    assert (found.left, found.outcome) == (230, "passed")
+    assert "10 chunks of broken streams" in found.sentence
+
+
+def test_a_gauge_is_weighted_by_time_and_absent_means_zero() -> None:
+    """Scrapes at 0, 10, 20 s of 2, 4 and nothing (the counter is still there): trapezoids (3 + 2) x 10 / 20."""
+    server = measure.Samples(
+        time_s=np.array([0.0, 10.0, 20.0]),
+        target=np.array(["a"] * 3, dtype=object),
+        name=np.array(["running", "running", "generation"], dtype=object),
+        labels=np.array(["{}"] * 3, dtype=object),
+        value=np.array([2.0, 4.0, 77.0]),
+    )
+    assert measure.gauge_mean(server, ["running"], 0, 20) == pytest.approx(2.5)
+    assert measure.gauge_mean(server, ["running"], 30, 40) is None
+    assert measure.gauge_mean(server, ["nothing"], 0, 20) is None
+
+
+def test_a_missing_copy_on_the_servers_is_a_note(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    for second in range(23):
+        run.scrape(second, num_requests_running=0.8)
+    stage = stage_of(run.end(25))
+    assert check(stage, "copies_client_vs_server").outcome == "failed"
+    assert stage.copies.n_run_server == pytest.approx(0.8)
+    assert "copies-client-vs-server" in codes(stage.verdict.notes)
+    assert stage.verdict.level == "valid"
+
+
+# ------------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def test_batch_means_by_hand() -> None:
+    """20 batches of 1 s, alternately 1 and 3 tokens: mean 2, s = sqrt(20/19), half width 2.093024 s / sqrt(20)."""
+    times_s = np.arange(20) + 0.5
+    weights = np.where(np.arange(20) % 2, 3.0, 1.0)
+    estimate = measure.batch_means(times_s, weights, 0, 20)
+    half = 2.093024 / np.sqrt(19)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((2, 2 - half, 2 + half), rel=1e-6)
+
+
+def test_percentiles_by_hand() -> None:
+    found = measure.percentiles(np.array([1.0, 2.0, 3.0, 4.0, np.nan]))
+    assert found is not None
+    assert (found.p50, found.p90, found.p99, found.mean, found.n) == pytest.approx((2.5, 3.7, 3.97, 2.5, 4))
+
+
+def test_a_significant_drift_is_not_steady() -> None:
+    """Rates 88..111 over 24 s: the halves differ by 12 %, the trend moves by 24 / 99.5 of the mean."""
+    times_s = np.arange(24) + 0.5
+    window = Window(start_s=0, end_s=24, duration_s=24, rule="a test")
+    assert "drifted by +24 %" in str(measure.unsteady(times_s, 88.0 + np.arange(24), window))
+    noise = np.where(np.arange(24) % 2, 60.0, 140.0)
+    assert measure.unsteady(times_s, noise, window) is None
+
+
+def test_the_sample_is_bounded_and_keeps_the_ends() -> None:
+    kept = measure.sample(np.random.default_rng(0).random(50_000))
+    assert len(kept) == measure.VALUES_MAX
+    assert kept == sorted(kept)
+
+
+@given(st.lists(seconds, min_size=1))
+def test_percentiles_lie_between_the_ends(values: list[float]) -> None:
+    found = measure.percentiles(np.array(values))
+    assert found is not None
+    assert min(values) <= found.p50 <= found.p90 <= found.p99 <= max(values)
+
+
+@given(st.lists(st.tuples(seconds, seconds)), seconds, seconds)
+def test_the_integral_in_flight_is_the_sum_of_overlaps(intervals: list[tuple[float, float]], a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    spans = [sorted(pair) for pair in intervals]
+    starts, ends = np.array([s for s, _ in spans]), np.array([e for _, e in spans])
+    before, after = measure.busy_s(starts, ends, np.array([low, high]))
+    assert after - before == pytest.approx(sum(max(0.0, min(e, high) - max(s, low)) for s, e in spans), abs=1e-6)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=30), st.integers(1, 40))
+def test_rise_of_a_reset_counter(steps: list[int], cut: int) -> None:
+    """However a counter is reset, what it rose by is the sum of its steps."""
+    total, values = 0, [0.0]
+    for number, step in enumerate(steps):
+        total = step if number == cut else total + step
+        values.append(float(total))
+    fell = cut < len(steps) and values[cut + 1] < values[cut]
+    if cut >= len(steps) or fell:
+        assert measure.rise(np.array(values)) == sum(steps)
+
+
+drawn_streams = st.lists(st.tuples(seconds, st.lists(st.integers(0, 5_000_000), max_size=8), st.integers(1, 50)), min_size=1, max_size=12)
+
+
+@given(drawn_streams, seconds, seconds)
+def test_tokens_are_conserved(drawn: list[tuple[float, list[int], int]], a: float, b: float) -> None:
+    """All arrivals together are the requests' tokens, in order of time within each, and a window holds no more."""
+    count = len(drawn)
+    firsts = np.array([first for first, _, _ in drawn])
+    nan = np.full(count, np.nan)
+    tokens = np.array([float(n) for _, _, n in drawn])
+    streams = measure.Streams(
+        stage=np.zeros(count, np.int64), copy=np.zeros(count, np.int64), scheduled_s=firsts, sent_s=firsts, first_s=firsts, last_s=nan,
+        finished_s=nan, prompt_tokens=nan, output_tokens=tokens, output_words=nan, chunks=nan, outcome=np.array(["ok"] * count),
+        gap_counts=np.array([len(gaps) for _, gaps, _ in drawn]),
+        gaps_s=np.array([gap for _, gaps, _ in drawn for gap in gaps], dtype=np.float64) / 1e6,
+    )  # fmt: skip
+    times_s, weights = streams.arrivals()
+    assert weights.sum() == pytest.approx(tokens.sum())
+    expected = [first + sum(gaps[:i]) / 1e6 for first, gaps, _ in drawn for i in range(len(gaps) + 1)]
+    assert times_s == pytest.approx(np.array(expected), abs=1e-6)
+    low, high = sorted((a, b))
+    assert weights[(times_s >= low) & (times_s < high)].sum() <= tokens.sum() + 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------- processes and hosts
+
+
+def test_the_first_process_to_stop_ends_the_window(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    run.event("stage_start", 0.2, stage=0)
+    run.event("stage_stop_asking", 20.0, stage=0)
+    run.event("stage_drained", 24.0, stage=0)
+    span = measure.spans(measure.load(run.end(26)).events)[0]
+    assert (span.start_s, span.stop_s, span.drained_s) == pytest.approx((0, 20, 24))
+
+
+def test_a_foreign_hosts_clock_goes_over_the_wall_clock(tmp_path: Path) -> None:
+    """The meter's host booted 1,000 s later; its reading at the run's 5 s says so after the shift."""
+    run = one_copy(tmp_path)
+    run.stage()
+    foreign_ns = synthetic.BASE_NS - 1_000 * 10**9
+    anchor = ANCHOR | {"process": "power-there", "host": "there", "perf_ns": str(foreign_ns)}
+    meter = Writer(tmp_path, "energy", "power-there", anchor)
+    meter.append({"time_ns": foreign_ns + 5 * 10**9, "device": "GPU", "boundary": "gpu", "energy_j": 1.0})
+    meter.close()
+    # Events carry the wall clock that belongs to the driver's own.
+    lines = (tmp_path / "events" / "driver-0.jsonl").read_text().splitlines()
+    moved = [json.loads(line) | {"wall_ns": json.loads(line)["time_ns"] + 1_800_000_000 * 10**9} for line in lines]
+    (tmp_path / "events" / "driver-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
+    assert measure.load(run.end(25)).energy.time_s == pytest.approx([5.0])
+
+
+def test_the_timeline_counts_every_token_once(tmp_path: Path) -> None:
+    recording = measure.load(ideal(tmp_path, synthetic.spec((1, 4))))
+    bins = measure.timeline(recording, measure.spans(recording.events))
+    assert sum(b.output_tokens_per_s for b in bins) == pytest.approx(1100)
+    assert [b.t_s for b in bins] == list(range(len(bins)))
+    assert {b.stage for b in bins} == {-1, 0, 1}
+    assert max(b.in_flight or 0 for b in bins) == pytest.approx(4)
+    assert bins[10].server_running == pytest.approx(1)

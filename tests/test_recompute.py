@@ -1,0 +1,177 @@
+"""The summary is a pure function of the run directory, whatever state the run was left in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kilocopy.problem import ProblemError
+from kilocopy.recompute import summarise
+from kilocopy.records import write_json
+from kilocopy.summary import Summary
+from tests import synthetic
+from tests.synthetic import Run, ideal
+
+
+def test_the_headline_of_a_ladder(tmp_path: Path) -> None:
+    summary = summarise(ideal(tmp_path, synthetic.spec((1, 4, 2))))
+    assert summary.status == "complete"
+    assert (summary.headline.n_slo, summary.headline.n_slo_stage, summary.headline.best_stage) == (4, 1, 1)
+    assert summary.headline.n_slo_sentence.startswith("4 copies at once held 9 tokens/s each and TTFT <= 1 s for 90 % of the streams")
+    assert "No larger load was shown to miss it" in summary.headline.n_slo_sentence
+    assert "40 tokens/s, 144 pages of 500 words an hour" in summary.headline.sentence
+
+
+def test_no_stage_held_the_slo(tmp_path: Path) -> None:
+    summary = summarise(ideal(tmp_path, synthetic.spec(slo={"tokens_per_s_per_copy": 50})))
+    assert summary.headline.n_slo is None
+    assert summary.headline.best_stage == 0
+    assert summary.headline.n_slo_sentence.startswith("No stage held the SLO")
+    assert "held it for 0.0 %" in summary.headline.n_slo_sentence
+
+
+def test_the_bound_is_shown_where_a_larger_load_missed_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((1, 2)))
+    at_s = run.stage(0)
+    at_s = run.stage(1, at_s + 1, gaps_s=[0.2] * 9)
+    headline = summarise(run.end(at_s)).headline
+    assert headline.n_slo == 1
+    assert headline.n_slo_sentence.startswith("1 copy held")
+    assert "true N may be larger" not in headline.n_slo_sentence
+
+
+def test_withheld_latency_cannot_carry_the_slo_but_can_be_the_best(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.stage()
+    for second in range(20):
+        run.lag(2 + second, lag_us=50_000)
+    headline = summarise(run.end(30)).headline
+    assert (headline.n_slo, headline.best_stage) == (None, 0)
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    path = ideal(tmp_path / "one", synthetic.spec((1, 4)))
+    shutil.copytree(path, tmp_path / "two")
+    for name in ("one", "two"):
+        write_json(tmp_path / f"{name}.json", summarise(tmp_path / name).model_dump(mode="json"))
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert Summary.model_validate_json((tmp_path / "one.json").read_bytes()) == summarise(path)
+
+
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shift_ns=st.integers(-(10**12), 10**17))
+def test_shifting_all_times_changes_nothing(tmp_path: Path, shift_ns: int) -> None:
+    for name in ("here", "later"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    here, later = ideal(tmp_path / "here"), ideal(tmp_path / "later", shift_ns=shift_ns)
+    assert summarise(here) == summarise(later)
+
+
+# ---------------------------------------------------------------------------------------------------- runs that did not end
+
+
+def test_a_killed_run_keeps_its_whole_stages(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((1, 2, 4)))
+    at_s = run.stage(0)
+    run.event("stage_start", at_s, stage=1)
+    run.stream(at_s, stage=1)
+    summary = summarise(run.close())
+    assert summary.status == "interrupted"
+    assert "1 of 3 stages ran to the end, 2 began" in summary.status_sentence
+    assert [stage.verdict.level for stage in summary.stages] == ["valid", "void"]
+    assert summary.headline.n_slo == 1
+    assert "1 of 3 stages" in summary.headline.sentence
+
+
+def test_a_cancelled_run_says_so(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.event("run_start", 0)
+    run.event("stage_start", 0, stage=0)
+    summary = summarise(run.end(3, "interrupted"))
+    assert "was interrupted" in summary.status_sentence
+    assert summary.headline.sentence.startswith("No answer: no stage is valid (interrupted, no-tokens).")
+
+
+def test_a_torn_file_loses_its_tail_only(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.stream(0)
+    run.requests.flush()
+    run.stream(1)
+    run.event("stage_start", 0, stage=0)
+    path = run.close()
+    whole = (path / "requests" / "driver-0.arrow").read_bytes()
+    (path / "requests" / "driver-0.arrow").write_bytes(whole[: len(whole) - 200])
+    with (path / "events" / "driver-0.jsonl").open("a") as file:
+        file.write('{"event": "stage_st')
+    assert summarise(path).stages[0].requests.sent == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 100])
+def test_a_file_torn_in_its_schema_is_empty(tmp_path: Path, kept: int) -> None:
+    path = ideal(tmp_path)
+    for kind in ("requests", "driver", "server", "energy"):
+        for file in (path / kind).glob("*.arrow"):
+            file.write_bytes(file.read_bytes()[:kept])
+    summary = summarise(path)
+    assert summary.stages[0].requests.sent == 0
+    assert summary.stages[0].verdict.level == "void"
+
+
+def test_a_manifest_alone(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"spec": synthetic.spec()}))
+    summary = summarise(tmp_path)
+    assert (summary.status, summary.stages, summary.timeline, summary.overhang) == ("interrupted", [], [], None)
+    assert summary.headline.sentence.startswith("No answer: no stage began.")
+    write_json(tmp_path / "summary.json", summary.model_dump(mode="json"))
+
+
+def test_every_figure_is_finite(tmp_path: Path) -> None:
+    """Streams without usage, without chunks, of no duration: nothing becomes NaN or infinite in the JSON."""
+    run = Run(tmp_path, synthetic.spec((2,)))
+    run.stream(0, ttft_s=0, gaps_s=[], copy=0, output_tokens=None, output_words=None, prompt_tokens=None)
+    run.stream(0, ttft_s=0, gaps_s=[0.0], copy=1, output_words=0)
+    run.stream(5, ttft_s=0, gaps_s=[0.0], copy=1, output_words=0, output_tokens=0)
+    run.failure(6, 6, sent_ns=None)
+    run.marks(0, 0, 20, 20)
+    write_json(tmp_path / "summary.json", summarise(run.end(21)).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (None, "not a run directory"),
+        ("{", "cannot be read"),
+        ("[]", "a manifest is a JSON object"),
+        ("{}", "the key 'spec' is missing"),
+        ('{"spec": {"name": "x"}}', "spec.model: Field required"),
+    ],
+)
+def test_what_is_no_run_is_a_problem(tmp_path: Path, manifest: str | None, said: str) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ProblemError, match=said):
+        summarise(tmp_path)
+
+
+def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ProblemError, match="not a run directory"):
+        summarise(tmp_path / "nowhere")
+
+
+def test_a_stage_that_the_spec_does_not_have_is_ignored(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.event("stage_start", 0, stage=7)
+    assert summarise(run.close()).stages == []
+
+
+def test_manifests_by_others_may_lack_keys(tmp_path: Path) -> None:
+    path = ideal(tmp_path)
+    tree: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({"spec": tree["spec"]}))
+    assert summarise(path).status == "complete"
