@@ -1,8 +1,8 @@
 """What every copy asks for: prompts that never come twice, and the request around them.
 
 Synthetic prompts are cut from the one English text that every Python brings along, its language reference (pydoc_data.topics).
-A prompt starts at a place that its number in the run decides; places of successive numbers lie a golden-ratio stride apart, so
-that no two requests share a beginning and no prefix cache answers in place of the model.
+A prompt is its number in the run and then a passage, whose place the number decides too (successive ones a golden-ratio stride
+apart). The number in front makes every beginning differ, so that no prefix cache answers in place of the model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
@@ -23,6 +24,7 @@ from kilocopy import schedule
 from kilocopy.problem import ProblemError
 from kilocopy.spec import FilePrompts, Spec, SyntheticPrompts
 
+GOLDEN = (math.sqrt(5) - 1) / 2
 WORDS_PER_TOKEN = 0.75  # assumed where the model's tokenizer cannot be had
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 log = logging.getLogger(__name__)
@@ -77,68 +79,46 @@ def _from_file(source: FilePrompts, seed: int) -> Callable[[int], str]:
 
 
 class _Synthetic:
-    """Cuts of `input_tokens` tokens from the corpus, by number."""
+    """Texts of `input_tokens` tokens by number: the number itself, and a cut from the corpus."""
 
     def __init__(self, source: SyntheticPrompts, model: str, seed: int) -> None:
         self._corpus = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-        self._starts, self._length = token_starts(self._corpus, model), source.input_tokens
-        if self._starts is None:
+        self._length, self._tokenizer = source.input_tokens, load_tokenizer(model)
+        if self._tokenizer is None:
             log.warning("no tokenizer for %s: prompts are cut by words, at %g words a token (assumed)", model, WORDS_PER_TOKEN)
-            self._starts = np.array([at for at, _ in _words(self._corpus)])
+            self._starts = np.array([word.start() for word in re.finditer(r"\S+", self._corpus)])
             self._length = max(1, round(source.input_tokens * WORDS_PER_TOKEN))
-        self._places = len(self._starts)
-        self._first = schedule.draw(seed, "prompts") % self._places
-        self._stride = _coprime_near(self._places * (math.sqrt(5) - 1) / 2, self._places)
+        else:
+            offsets = self._tokenizer.encode(self._corpus, add_special_tokens=False).offsets
+            self._starts = np.unique(np.array([begin for begin, _ in offsets]))
+        self._first = schedule.draw(seed, "prompts")
+        self._stride = round(len(self._starts) * GOLDEN)
 
     def __call__(self, index: int) -> str:
-        lap, within = divmod(index, self._places)
-        place = (self._first + within * self._stride) % self._places
-        # Every place was used once: from here on a number in front keeps prompts apart.
-        return (f"{lap} " if lap else "") + self._cut(place, self._length)
+        number = f"{index}. "
+        taken = 1 if self._tokenizer is None else len(self._tokenizer.encode(number, add_special_tokens=False).ids)
+        return number + self._cut((self._first + index * self._stride) % len(self._starts), max(1, self._length - taken))
 
     def _cut(self, place: int, length: int) -> str:
         """`length` tokens from a place on; past the corpus' end it goes on at its beginning."""
-        assert self._starts is not None  # noqa: S101
         parts = []
         while length > 0:
             until = place + length
-            end = int(self._starts[until]) if until < self._places else len(self._corpus)
+            end = int(self._starts[until]) if until < len(self._starts) else len(self._corpus)
             parts.append(self._corpus[int(self._starts[place]) : end])
-            length -= min(length, self._places - place)
+            length -= min(length, len(self._starts) - place)
             place = 0
         return "".join(parts)
 
 
-def token_starts(corpus: str, model: str) -> np.ndarray[Any, Any] | None:
-    """Where each token of the corpus begins, by the model's own tokenizer (a directory's tokenizer.json, or a Hugging Face id);
-    None where it cannot be had."""
-    file = Path(model) / "tokenizer.json"
+def load_tokenizer(model: str) -> Any:
+    """The model's own tokenizer, from a directory's tokenizer.json or by its Hugging Face id; None where it cannot be had."""
     try:
         if Path(model).is_dir():
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        elif "://" in model or model.count("/") > 1 or model.startswith((".", "/", "~")):
+            return tokenizers.Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+        if "://" in model or model.count("/") > 1 or model.startswith((".", "/", "~")):
             return None  # a bucket, or a directory of another host's
-        else:
-            tokenizer = tokenizers.Tokenizer.from_pretrained(model)
-        offsets = tokenizer.encode(corpus, add_special_tokens=False).offsets
+        return tokenizers.Tokenizer.from_pretrained(model)
     except Exception as error:  # the tokenizers library raises bare Exception for every reason
         log.warning("tokenizer of %s: %s", model, error)
         return None
-    starts = np.unique(np.array([begin for begin, _ in offsets]))
-    return starts if len(starts) else None
-
-
-def _words(text: str) -> list[tuple[int, str]]:
-    at, found = 0, []
-    for word in text.split():
-        at = text.index(word, at)
-        found.append((at, word))
-        at += len(word)
-    return found
-
-
-def _coprime_near(value: float, modulus: int) -> int:
-    stride = max(1, round(value))
-    while math.gcd(stride, modulus) != 1:
-        stride += 1
-    return stride

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -22,8 +23,11 @@ CHUNKED = HEAD + "Transfer-Encoding: chunked\r\n\r\n"
 class Server:
     """Serves on a free port of loopback until the `with` block ends."""
 
-    def __init__(self, mode: str = "ok", *, tokens: int = 8, ttft_s: float = 0.01, itl_s: float = 0.002, chat: bool = False) -> None:
-        self.mode, self.tokens, self.ttft_s, self.itl_s, self.chat = mode, tokens, ttft_s, itl_s, chat
+    def __init__(
+        self, mode: str = "ok", *, tokens: int = 8, ttft_s: float = 0.01, itl_s: float = 0.002,
+        chat: bool = False, tls: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
+        self.mode, self.tokens, self.ttft_s, self.itl_s, self.chat, self._tls = mode, tokens, ttft_s, itl_s, chat, tls
         self.requests: list[dict[str, object]] = []
         self.heads: list[str] = []
         self.connections = 0
@@ -34,7 +38,8 @@ class Server:
         self._socket.bind(("127.0.0.1", 0))
         if mode != "refuse":
             self._socket.listen(512)
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        port = self._socket.getsockname()[1]
+        self.url = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> Server:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -57,7 +62,11 @@ class Server:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError, ValueError):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(OSError, ValueError))
+            stack.enter_context(client)
+            if self._tls:
+                client = stack.enter_context(self._tls.wrap_socket(client, server_side=True))
             for head, body in _requests(client):
                 self.heads.append(head)
                 asked = json.loads(body)

@@ -1,15 +1,20 @@
-"""The plan of a stage: even starts, every copy owned once, and the same requests however many workers share them."""
+"""The plan of a stage (even starts, every copy owned once, the same requests however many workers share them) and its prompts."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
+import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kilocopy import schedule
+from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
+from loadtests import workload
 
 SMOKE = load(Path(__file__).parent.parent / "loadtests/specs/smoke.yaml")
 COPIES, WORKERS, SEEDS = st.integers(1, 300), st.integers(1, 17), st.integers(0, 2**31 - 1)
@@ -70,3 +75,61 @@ def test_stages_and_seeds_differ_and_repeat() -> None:
     assert len({schedule.request_seed(1, s, c, q) for s in range(4) for c in range(50) for q in range(20)}) == 4000
     assert schedule.draw(1, "starts", 0) != schedule.draw(1, "starts", 1)
     assert 0 <= schedule.draw(-5, "x") < 2**31
+
+
+# --- prompts ---
+
+
+def asking(**changes: object) -> Spec:
+    tree = SMOKE.model_dump(mode="json")
+    tree["model"]["source"] = changes.pop("source", "/no/such/model")
+    tree["workload"] |= changes
+    return Spec.model_validate(tree)
+
+
+def test_synthetic_prompts_never_come_twice_and_have_their_length() -> None:
+    prompt = workload.prompts(asking(prompts={"kind": "synthetic", "input_tokens": 40}))
+    drawn = [prompt(index) for index in range(3000)]
+    assert len(set(drawn)) == 3000
+    assert {len(text.split()) for text in drawn} == {30}  # 0.75 words a token, where there is no tokenizer
+    assert len({text.split()[0] for text in drawn}) == 3000  # no common beginning for a prefix cache
+
+
+def test_prompts_longer_than_the_corpus_go_round_it() -> None:
+    prompt = workload.prompts(asking(prompts={"kind": "synthetic", "input_tokens": 400_000}))
+    assert len(prompt(0).split()) == pytest.approx(300_000, rel=0.001)
+
+
+def test_the_models_tokenizer_cuts_where_there_is_one(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat, and the dog did not"] * 10, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prompt = workload.prompts(asking(source=str(tmp_path), prompts={"kind": "synthetic", "input_tokens": 64}))
+    lengths = [len(tokenizer.encode(prompt(index)).ids) for index in range(200)]
+    assert sum(abs(length - 64) <= 2 for length in lengths) >= 190
+
+
+def test_file_prompts_come_in_a_seeded_order(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n\nb\nc\n")
+    prompt = workload.prompts(asking(prompts={"kind": "file", "path": str(file)}))
+    assert sorted(prompt(index) for index in range(3)) == ["a", "b", "c"]
+    assert prompt(0) == prompt(3)
+    file.write_text("\n")
+    with pytest.raises(ProblemError, match="is empty"):
+        workload.prompts(asking(prompts={"kind": "file", "path": str(file)}))
+    with pytest.raises(ProblemError, match="cannot be read"):
+        workload.prompts(asking(prompts={"kind": "file", "path": str(tmp_path)}))
+
+
+def test_a_request_says_what_the_spec_says() -> None:
+    body = json.loads(workload.Workload(asking(output_tokens=7)).body(0, 0, 0))
+    assert {"max_tokens": 7, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}.items() <= body.items()
+    made = workload.Workload(asking(ignore_eos=False, endpoint="chat"))
+    chat = json.loads(made.body(1, 3, 2))
+    assert "ignore_eos" not in chat
+    assert chat["messages"][0]["role"] == "user"
+    assert made.body(1, 3, 2) != made.body(1, 3, 3)

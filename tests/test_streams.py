@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import gevent
 import numpy as np
@@ -238,6 +242,28 @@ def test_the_key_is_sent(reader: Reader) -> None:
     with Server("ok") as server:
         ask(reader, server.url, key="sk-secret")
         assert "Authorization: Bearer sk-secret" in server.heads[0]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+@pytest.mark.timeout(20)
+def test_tls_streams_read_the_same_and_strangers_are_refused(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2", "-nodes"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-keyout", key, "-out", certificate, *names]
+    subprocess.run(make, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with Server("ok", tls=context) as server:
+        outcome, error, *_ = ask(reader, server.url)
+        assert (outcome, "certificate" in (error or "").lower()) == ("refused", True)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        client = Client(reader, Target.parse(server.url), TIMEOUTS)
+        for mode in ("ok", "at_once", "bytewise"):
+            server.mode = mode
+            outcome, error, _, answer = ask(reader, server.url, client)
+            assert (outcome, answer.words) == ("ok", 8), error
+        server.mode = "close_mid"
+        assert ask(reader, server.url, client)[0] == "truncated"
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://x:port"])
