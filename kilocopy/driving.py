@@ -37,12 +37,12 @@ PLAIN_EVERY_S = 5.0
 def drive(run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool, on_progress: Callable[[dict[str, Any]], None]) -> int:
     """Play the spec in run_dir/manifest.json against `url`. Returns the driver's exit code: 0 complete, 130 interrupted.
 
-    Ctrl-C is passed on: the driver closes its streams and its records, then this returns. The driver's own words are in
+    The driver works in the current directory, to which the spec's paths are relative. Ctrl-C is passed on: the driver closes its streams and its records, then this returns. The driver's own words are in
     run_dir/driver.log; its last ones are repeated on standard error where it failed.
     """
     with (run_dir / "driver.log").open("wb") as log:
         process = subprocess.Popen(
-            _command(url, web), cwd=CHECKOUT, env=_environment(run_dir, api_key),
+            _command(url, web), env=_environment(run_dir, api_key),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
@@ -61,7 +61,7 @@ def drive(run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool
 def _command(url: str, web: bool) -> list[str]:
     seen = ["--autostart", "--autoquit", str(WEB_STAYS_S), "--web-host", "127.0.0.1"] if web else ["--headless"]
     quiet = ["--only-summary", "--loglevel", "WARNING"]
-    return [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", *seen, *quiet, "--host", url]
+    return [sys.executable, "-m", "locust", "-f", str(CHECKOUT / "loadtests/locustfile.py"), *seen, *quiet, "--host", url]
 
 
 def _environment(run_dir: Path, api_key: str | None) -> dict[str, str]:
