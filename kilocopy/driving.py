@@ -37,8 +37,9 @@ PLAIN_EVERY_S = 5.0
 def drive(run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool, on_progress: Callable[[dict[str, Any]], None]) -> int:
     """Play the spec in run_dir/manifest.json against `url`. Returns the driver's exit code: 0 complete, 130 interrupted.
 
-    The driver works in the current directory, to which the spec's paths are relative. Ctrl-C is passed on: the driver closes its streams and its records, then this returns. The driver's own words are in
-    run_dir/driver.log; its last ones are repeated on standard error where it failed.
+    The driver works in the current directory, to which the spec's paths are relative. Ctrl-C is passed on: the driver closes its
+    streams and its records, then this returns. The driver's own words are in run_dir/driver.log; its last ones are repeated on
+    standard error where it failed.
     """
     with (run_dir / "driver.log").open("wb") as log:
         process = subprocess.Popen(
