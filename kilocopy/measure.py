@@ -288,11 +288,18 @@ class Span:
 def spans(events: Sequence[dict[str, Any]]) -> list[Span]:
     """The stages that began, in order of time.
 
-    Earliest start and earliest stop, latest drain: a stage is steady only while every process keeps asking.
+    Earliest start and earliest stop, latest drain: a stage is steady only while every process keeps asking. A process that
+    began a stage and did not drain it was killed, and its stage with it.
     """
 
     def times(name: str, index: int) -> list[float]:
         return [event["t_s"] for event in events if event["event"] == name and event.get("stage") == index]
+
+    def processes(name: str, index: int) -> set[Any]:
+        return {event.get("process") for event in events if event["event"] == name and event.get("stage") == index}
+
+    def whole(index: int) -> bool:
+        return processes("stage_start", index) <= processes("stage_drained", index)
 
     begun = sorted({int(event["stage"]) for event in events if event["event"] == "stage_start"})
     found = [
@@ -300,7 +307,7 @@ def spans(events: Sequence[dict[str, Any]]) -> list[Span]:
             index=index,
             start_s=min(times("stage_start", index)),
             stop_s=min(times("stage_stop_asking", index), default=None),
-            drained_s=max(times("stage_drained", index), default=None),
+            drained_s=max(times("stage_drained", index), default=None) if whole(index) else None,
             settled_s=max(times("stage_settled", index), default=None),
             next_s=np.inf,
         )
@@ -797,7 +804,6 @@ def _measured(
     times_s, weights = _tokens_in(streams, window)
     rate = batch_means(times_s, weights, window.start_s, window.end_s)
     throughput = _throughput(spec, streams, window, rate, in_flight)
-    attainment, held = _judged(streams, inside, window, spec.slo)
     checks = [
         check_tokens(streams, server, span),
         check_littles_law(streams, window, in_flight),
@@ -809,6 +815,7 @@ def _measured(
     voids = _void_reasons(spec, span, streams, window, checks[0])
     voids += [] if span.cut_off else _steady_reasons(times_s, weights, window)
     notes = _notes(checks, window, inside, lag_p99_s(lags, window), shares_host) + bunched_notes
+    attainment, held = (None, None) if withheld else _judged(streams, inside, window, spec.slo)
     return summary.Stage(
         **_identity(span, asked, recording),
         verdict=_verdict(voids, withheld, notes),
@@ -817,7 +824,7 @@ def _measured(
             asked.copies,
             n_run_client=in_flight,
             n_run_server=gauge_mean(server, ["num_requests_running"], window.start_s, window.end_s),
-            slo_held=held,
+            slo_held=None if voids and held else held,
             slo_attainment=attainment,
             n_human=n_human(throughput.words_per_s),
         ),

@@ -40,7 +40,7 @@ def banded(figure: Figure) -> Band:
 
 
 def _band(mid: float, one: float, other: float) -> Band:
-    if one == mid == other:
+    if math.isclose(one, mid, rel_tol=1e-9) and math.isclose(other, mid, rel_tol=1e-9):
         return Band(mid=mid)
     return Band(mid=mid, low=min(one, mid, other), high=max(one, mid, other))
 
@@ -350,7 +350,7 @@ def _ratio(
         sentence = f"No ratio: of the running, {hows[1]}."
     else:
         ratio = _over(trained, running, training.shares_prices)
-        sides = f"Training {_said(trained('mid'))} {units[0]} ({hows[0]}), running {_said(running.mid)} {units[1]} ({hows[1]})"
+        sides = f"Training {_said(trained('mid'), units[0])} ({hows[0]}), running {_said(running.mid, units[1])} ({hows[1]})"
         sentence = f"{sides}: {_said(ratio.mid)} pages of running equal the training."
     return Ratio(
         name=name,
@@ -413,6 +413,7 @@ def _serving_device(spec: Spec) -> str:
     return f"{hardware.type or 'GPU'}s" if isinstance(hardware, GpuReplica) else "the host's CPUs as one device"
 
 
-def _said(value: float) -> str:
-    """A number in a sentence: three figures, with thousands' commas where they fit."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+def _said(value: float, unit: str = "") -> str:
+    """A number in a sentence: three figures, with thousands' commas where they fit; dollars before it, other units after."""
+    number = f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+    return f"${number}{unit[1:]}" if unit.startswith("$") else f"{number} {unit}".rstrip()

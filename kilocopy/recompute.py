@@ -130,7 +130,9 @@ def _closest(stages: Sequence[Stage]) -> str:
     """How far from it the run was."""
     judged = [stage for stage in stages if stage.verdict.level == "valid" and stage.copies.slo_attainment is not None]
     if not judged:
-        return "No stage was valid with a stream inside its window, so none could be judged."
+        levels = [stage.verdict.level for stage in stages]
+        counts = f"{levels.count('void')} void, {levels.count('latency_withheld')} with latency withheld"
+        return f"None of {len(stages)} could be judged: {counts}, {levels.count('valid')} valid but without a stream inside the window."
     best = max(judged, key=lambda stage: stage.copies.slo_attainment or 0.0)
     return f"The closest, {best.copies.asked} at once, held it for {100 * (best.copies.slo_attainment or 0):.1f} %."
 

@@ -78,8 +78,8 @@ class Copies(Frozen):
     asked: int
     n_run_client: float | None     # time-mean of requests in flight at the driver, in the window
     n_run_server: float | None     # time-mean of running sequences summed over replicas
-    slo_held: bool | None
-    slo_attainment: float | None   # fraction of streams that held the speed and the TTFT
+    slo_held: bool | None          # null where it cannot be judged: latency withheld, no stream inside the window, or held by a void stage
+    slo_attainment: float | None   # fraction of streams that held the speed and the TTFT; null where latency is withheld
     n_human: dict[str, float]      # throughput equivalents by words per minute: "238", "150", "600"
 
 
@@ -132,7 +132,7 @@ class Cost(Frozen):
     """Energy and money of one stage's window. `energy_source` says what the joules are worth."""
 
     energy_source: Literal["measured", "assumed", "not_measured"]
-    energy_boundary: str | None                 # gpu | host | gpu+host | facility ...
+    energy_boundary: str | None                 # what the joules enclose: "gpu × PUE", "gpu+host × PUE"; "facility" where assumed
     facility_j: Band | None
     wh_per_page: Band | None
     j_per_output_token: Band | None

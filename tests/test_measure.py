@@ -142,6 +142,13 @@ def test_slo_counts_the_streams_that_held_it(tmp_path: Path) -> None:
     assert stage.copies.slo_held is False
 
 
+def test_the_first_token_is_no_step_of_the_speed(tmp_path: Path) -> None:
+    """10 tokens in 0.9 s after the first are 9 / 0.9 = 10 tokens/s, which is not 10.5."""
+    run = one_copy(tmp_path, slo={"tokens_per_s_per_copy": 10.5})
+    run.stage()
+    assert stage_of(run.end(25)).copies.slo_attainment == 0.0
+
+
 def test_slo_needs_the_ttft_too(tmp_path: Path) -> None:
     run = one_copy(tmp_path, slo={"tokens_per_s_per_copy": 1, "ttft_s": 0.05})
     run.stage()
@@ -276,6 +283,7 @@ def test_a_late_driver_withholds_latency_and_nothing_else(tmp_path: Path) -> Non
     assert stage.verdict.level == "latency_withheld"
     assert codes(stage.verdict.reasons) == {"driver-lag"}
     assert stage.latency is None
+    assert (stage.copies.slo_held, stage.copies.slo_attainment) == (None, None)
     assert stage.ttft_values_s == stage.icl_values_s == []
     assert stage.throughput is not None
 
@@ -529,6 +537,18 @@ def test_the_first_process_to_stop_ends_the_window(tmp_path: Path) -> None:
     run.event("stage_drained", 24.0, stage=0)
     span = measure.spans(measure.load(run.end(26)).events)[0]
     assert (span.start_s, span.stop_s, span.drained_s) == pytest.approx((0, 20, 24))
+
+
+def test_a_process_that_did_not_drain_cuts_the_stage_off(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    run.event("stage_start", 0.2, stage=0, process="driver-1")
+    assert measure.spans(measure.load(run.end(26)).events)[0].cut_off
+
+
+def test_a_void_stage_does_not_claim_the_slo(tmp_path: Path) -> None:
+    copies = counted(tmp_path, [(0, 0), (23.5, 300)]).copies
+    assert (copies.slo_held, copies.slo_attainment) == (None, 1.0)
 
 
 def test_a_foreign_hosts_clock_goes_over_the_wall_clock(tmp_path: Path) -> None:

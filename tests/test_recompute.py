@@ -55,6 +55,15 @@ def test_withheld_latency_cannot_carry_the_slo_but_can_be_the_best(tmp_path: Pat
     assert (headline.n_slo, headline.best_stage) == (None, 0)
 
 
+def test_a_void_stage_is_never_the_best(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((1, 4)))
+    at_s = run.stage(0)
+    run.failure(at_s + 5, at_s + 6, stage=1)
+    at_s = run.stage(1, at_s)
+    headline = summarise(run.end(at_s)).headline
+    assert (headline.n_slo, headline.best_stage) == (1, 0)
+
+
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     path = ideal(tmp_path / "one", synthetic.spec((1, 4)))
     shutil.copytree(path, tmp_path / "two")
