@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilocopy import measure
@@ -474,6 +474,7 @@ def test_the_sample_is_bounded_and_keeps_the_ends() -> None:
     assert kept == sorted(kept)
 
 
+@settings(deadline=None)
 @given(st.lists(seconds, min_size=1))
 def test_percentiles_lie_between_the_ends(values: list[float]) -> None:
     found = measure.percentiles(np.array(values))
@@ -481,6 +482,7 @@ def test_percentiles_lie_between_the_ends(values: list[float]) -> None:
     assert min(values) <= found.p50 <= found.p90 <= found.p99 <= max(values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(seconds, seconds)), seconds, seconds)
 def test_the_integral_in_flight_is_the_sum_of_overlaps(intervals: list[tuple[float, float]], a: float, b: float) -> None:
     low, high = sorted((a, b))
@@ -490,6 +492,7 @@ def test_the_integral_in_flight_is_the_sum_of_overlaps(intervals: list[tuple[flo
     assert after - before == pytest.approx(sum(max(0.0, min(e, high) - max(s, low)) for s, e in spans), abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=30), st.integers(1, 40))
 def test_rise_of_a_reset_counter(steps: list[int], cut: int) -> None:
     """However a counter is reset, what it rose by is the sum of its steps."""
@@ -505,6 +508,7 @@ def test_rise_of_a_reset_counter(steps: list[int], cut: int) -> None:
 drawn_streams = st.lists(st.tuples(seconds, st.lists(st.integers(0, 5_000_000), max_size=8), st.integers(1, 50)), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(drawn_streams, seconds, seconds)
 def test_tokens_are_conserved(drawn: list[tuple[float, list[int], int]], a: float, b: float) -> None:
     """All arrivals together are the requests' tokens, in order of time within each, and a window holds no more."""

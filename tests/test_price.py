@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilocopy import price
@@ -17,6 +17,7 @@ from kilocopy.references import REFERENCES
 from kilocopy.spec import Quoted, Spec
 from kilocopy.summary import Band, Cost, Overhang, Ratio, Window
 from tests import synthetic
+from tests.summaries import good
 from tests.synthetic import ideal, quoted
 
 WINDOW = Window(start_s=10, end_s=20, duration_s=10, rule="a test")
@@ -171,10 +172,7 @@ def test_without_energy_the_price_says_that_electricity_is_missing() -> None:
 
 
 def _stage_without_meter(tree: dict[str, Any]) -> Cost:
-    from tests.summaries import good
-
-    stage = good().stages[0]
-    cost = price.cost(Spec.model_validate(tree), stage, meters())
+    cost = price.cost(Spec.model_validate(tree), good().stages[0], meters())
     assert cost is not None
     return cost
 
@@ -193,6 +191,7 @@ def test_prices_are_listed_with_source_and_date() -> None:
     }  # fmt: skip
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.floats(0.01, 1e5), st.floats(0.01, 1))
 def test_halving_the_price_halves_the_cost(usd: float, utilisation: float) -> None:
     def cost(value: float) -> Cost:
@@ -203,6 +202,7 @@ def test_halving_the_price_halves_the_cost(usd: float, utilisation: float) -> No
     assert mid(cost(usd / 2).pages_per_usd) == pytest.approx(mid(cost(usd).pages_per_usd) * 2)
 
 
+@settings(deadline=None)
 @given(st.floats(0.001, 1e6), st.floats(0, 1), st.floats(1, 10), st.floats(0.1, 1e6))
 def test_bands_are_ordered(value: float, down: float, up: float, numerator: float) -> None:
     stated = Quoted.model_validate(quoted(value, value * down, value * up))
