@@ -59,7 +59,7 @@ def _show_start(state: dict[str, Any], line: Any) -> None:
 def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, shares_host: bool) -> Path:
     """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there."""
     key = os.environ.get("KILOCOPY_API_KEY")
-    driving.probe(url, spec.model.id, key, 30)
+    driving.probe(url, spec.model.id, key, 30, endpoint=spec.workload.endpoint)
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy")
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     progress = driving.ProgressPrinter(ERR, spec)

@@ -272,15 +272,19 @@ def load(path: Path) -> Spec:
         raise ProblemError("\n".join(_sentence(path, tree, item) for item in error.errors())) from None
 
 
+def _line_of(node: Any, part: str | int) -> int:
+    """Line (from 1) of a mapping's key or a sequence's item, as ruamel.yaml noted it."""
+    at = node.lc.key(part) if isinstance(part, str) else node.lc.item(part)
+    return int(at[0]) + 1
+
+
 def _sentence(path: Path, tree: Any, item: Any) -> str:
     """One validation error of pydantic's as a sentence with the line of the key that is meant."""
     node: Any = tree
     line, keys = 1, []
     for part in item["loc"]:
-        if isinstance(node, dict) and part in node:
-            line, node = node.lc.key(part)[0] + 1, node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            line, node = node.lc.item(part)[0] + 1, node[part]
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+            line, node = _line_of(node, part), node[part]
         elif isinstance(node, dict) and part in {"measured", "published", "cpu", "gpu", "synthetic", "file", "closed", "owned", "rented"}:
             continue  # the tag of a union: in pydantic's path, not in the file
         keys.append(f"[{part}]" if isinstance(part, int) else f".{part}")

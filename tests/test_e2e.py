@@ -1,0 +1,284 @@
+"""The way end to end, as a user runs it: the real Ray, the real vLLM on the CPU, the real Locust; two replicas, started once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from kilocopy import records
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Served:
+    """A folder with a spec, a trained model and two replicas serving it."""
+
+    folder: Path
+    spec: Path
+    environment: dict[str, str]
+
+    def kilocopy(self, *arguments: str | Path, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "kilocopy", *map(str, arguments)], capture_output=True, text=True, cwd=self.folder,
+                              env=self.environment, timeout=timeout_s, check=False)  # fmt: skip
+
+    def background(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "kilocopy", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                cwd=self.folder, env=self.environment)  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return dict(json.loads(self.kilocopy("status").stdout))
+
+    def with_stages(self, name: str, *stages: dict[str, Any]) -> Path:
+        yaml = YAML()
+        tree = yaml.load(self.spec.read_text())
+        tree["stages"] = list(stages)
+        path = self.folder / f"{name}.yaml"
+        with path.open("w") as file:
+            yaml.dump(tree, file)
+        return path
+
+    def newest_run(self) -> Path:
+        return max((self.folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("e2e")
+    yaml = YAML()
+    tree = yaml.load((ROOT / "loadtests" / "specs" / "demo.yaml").read_text())
+    tree["model"]["source"] = str(folder / "model")
+    tree["cluster"]["port"] = free_port()
+    tree["workload"]["output_tokens"] = 40
+    tree["stages"] = [
+        {"arrival": "closed", "copies": 1, "duration_s": 6, "warmup_s": 1, "ramp_s": 0},
+        {"arrival": "closed", "copies": 8, "duration_s": 12, "warmup_s": 1, "ramp_s": 1},
+    ]
+    spec = folder / "spec.yaml"
+    with spec.open("w") as file:
+        yaml.dump(tree, file)
+    here = Served(folder, spec, os.environ | {"KILOCOPY_STATE": str(folder / "state"), "COLUMNS": "160"})
+    trained = here.kilocopy("train", "--out", folder / "model", "--seconds", "6")
+    assert trained.returncode == 0, trained.stderr
+    try:
+        started = here.kilocopy("serve", spec)
+        assert started.returncode == 0, started.stderr
+        yield here
+    finally:
+        here.kilocopy("down")
+
+
+@pytest.fixture(scope="module")
+def driven(served: Served) -> tuple[Path, dict[str, Any], str]:
+    done = served.kilocopy("drive", served.spec)
+    assert done.returncode == 0, done.stderr
+    path = served.folder / done.stdout.splitlines()[-1]
+    return path.parent, json.loads(path.read_text()), done.stdout
+
+
+def test_status_tells_replicas_address_and_metrics(served: Served) -> None:
+    state = served.state()
+    assert state["alive"]
+    assert state["phase"] == "ready"
+    assert state["replicas"] == {"RUNNING": 2}
+    with urllib.request.urlopen(state["metrics"][0], timeout=10) as page:
+        assert b"ray_vllm_generation_tokens_total" in page.read()
+
+
+def test_serving_twice_is_refused_for_another_spec_and_a_no_op_for_the_same(served: Served) -> None:
+    assert served.kilocopy("serve", served.spec).returncode == 0
+    other = served.with_stages("other", {"arrival": "closed", "copies": 2, "requests": 2})
+    done = served.kilocopy("serve", other)
+    assert done.returncode == 2
+    assert "kilocopy down" in done.stderr
+    assert served.state()["phase"] == "ready"  # and what was serving still is
+
+
+def test_client_tokens_equal_the_servers_counters_to_the_token(driven: tuple[Path, dict[str, Any], str]) -> None:
+    _, summary, _ = driven
+    for stage in summary["stages"]:
+        check = next(check for check in stage["checks"] if check["name"] == "client_tokens_vs_server")
+        assert check["outcome"] == "passed", check
+        assert check["left"] == check["right"] > 0
+
+
+def test_the_copies_asked_for_were_in_flight_on_driver_and_servers(driven: tuple[Path, dict[str, Any], str]) -> None:
+    _, summary, _ = driven
+    for stage, asked in zip(summary["stages"], (1, 8), strict=True):
+        assert stage["copies"]["asked"] == asked
+        assert 0.95 * asked <= stage["copies"]["n_run_client"] <= asked + 1e-9
+    assert 6 <= summary["stages"][1]["copies"]["n_run_server"] <= 8.2
+
+
+def test_the_figures_recompute_from_the_raw_records(driven: tuple[Path, dict[str, Any], str]) -> None:
+    """Tokens/s of the busy stage again, by hand: chunk times inside the window, every stream scaled to its usage."""
+    run_dir, summary, _ = driven
+    table = records.read(run_dir, "requests").to_pylist()
+    zero_ns = records.read_events(run_dir)[0]["time_ns"]
+    window = summary["stages"][1]["window"]
+    tokens, words, all_tokens = 0.0, 0, 0
+    for row in table:
+        if row["stage"] != 1 or row["outcome"] != "ok":
+            continue
+        times = (row["first_token_ns"] - zero_ns) / 1e9 + np.cumsum([0, *row["gaps_us"]]) / 1e6
+        tokens += ((times >= window["start_s"]) & (times < window["end_s"])).sum() * row["output_tokens"] / row["chunks"]
+        words, all_tokens = words + row["output_words"], all_tokens + row["output_tokens"]
+    through = summary["stages"][1]["throughput"]
+    assert through["output_tokens_per_s"]["value"] == pytest.approx(tokens / window["duration_s"], rel=0.01)
+    assert 0 < through["words_per_token"] == pytest.approx(words / all_tokens, rel=0.05)
+    assert through["pages_per_hour"] == pytest.approx(through["words_per_s"] / summary["page_words"] * 3600, rel=1e-6)
+
+
+def test_every_request_got_the_tokens_it_asked_for(driven: tuple[Path, dict[str, Any], str]) -> None:
+    run_dir, _, _ = driven
+    table = records.read(run_dir, "requests")
+    assert set(table.column("outcome").to_pylist()) == {"ok"}
+    assert set(table.column("output_tokens").to_pylist()) == {40}
+    assert all(20 <= tokens <= 45 for tokens in table.column("prompt_tokens").to_pylist())
+
+
+def test_the_report_recomputes_byte_for_byte_and_names_its_file_last(driven: tuple[Path, dict[str, Any], str], served: Served) -> None:
+    run_dir, _, printed = driven
+    before = (run_dir / "summary.json").read_bytes(), (run_dir / "report.html").read_bytes()
+    again = served.kilocopy("report", run_dir)
+    assert again.returncode == 0, again.stderr
+    assert ((run_dir / "summary.json").read_bytes(), (run_dir / "report.html").read_bytes()) == before
+    assert again.stdout.splitlines()[-1].endswith("summary.json")
+    assert printed.splitlines()[-1].endswith("summary.json")
+    assert served.kilocopy("report", run_dir, "--json").stdout.encode() == before[0]
+
+
+def test_ctrl_c_in_a_stage_still_reports(served: Served) -> None:
+    spec = served.with_stages("long", {"arrival": "closed", "copies": 4, "duration_s": 300, "warmup_s": 1, "ramp_s": 0.5})
+    process = served.background("drive", spec)
+    wait_for_requests(served, 8)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    summary = json.loads((served.folder / out.splitlines()[-1]).read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["stages"][0]["requests"]["ok"] >= 8
+    assert "interrupted" in {reason["code"] for reason in summary["stages"][0]["verdict"]["reasons"]}
+
+
+def test_kill_9_of_the_driver_loses_nothing_that_was_recorded(served: Served) -> None:
+    spec = served.with_stages("killed", {"arrival": "closed", "copies": 4, "duration_s": 300, "warmup_s": 1, "ramp_s": 0.5})
+    process = served.background("drive", spec)
+    run_dir = wait_for_requests(served, 8)
+    drivers = [child for child in psutil.Process(process.pid).children(recursive=True) if "locust" in " ".join(child.cmdline())]
+    assert drivers
+    for driver in drivers:
+        driver.kill()
+    _, err = process.communicate(timeout=90)
+    assert "Traceback" not in err
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["stages"][0]["requests"]["ok"] >= 8
+
+
+def test_an_engine_that_dies_in_the_middle_gives_typed_errors_and_the_run_goes_on(served: Served) -> None:
+    spec = served.with_stages("dies", {"arrival": "closed", "copies": 8, "duration_s": 12, "warmup_s": 1, "ramp_s": 0.5})
+    process = served.background("drive", spec)
+    run_dir = wait_for_requests(served, 16)
+    engines = [p for p in psutil.process_iter() if "EngineCore" in p.name() or "EngineCore" in " ".join(_cmdline(p))]
+    ours = [p for p in engines if _mark(p) == (served.folder / "state" / "mark").read_text()]
+    assert len(ours) == 2
+    ours[0].kill()
+    _, err = process.communicate(timeout=300)
+    assert "Traceback" not in err
+    outcomes = records.read(run_dir, "requests").column("outcome").to_pylist()
+    assert set(outcomes) <= set(records.OUTCOMES)
+    assert outcomes.count("ok") >= 16
+    assert len(set(outcomes) - {"ok"}) >= 1
+    summary = json.loads((run_dir / "summary.json").read_text())
+    counted = summary["stages"][0]["requests"]
+    assert counted["sent"] == counted["ok"] + sum(counted["errors"].values()) + counted["cancelled"] == len(outcomes)
+
+
+def test_down_stops_everything_and_only_that(served: Served) -> None:
+    """Last in this file: nothing is served after it."""
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    mark = (served.folder / "state" / "mark").read_text()
+    assert any(_mark(process) == mark for process in psutil.process_iter())
+    assert served.kilocopy("down").stdout == "stopped\n"
+    assert [process for process in psutil.process_iter() if _mark(process) == mark] == []
+    assert bystander.poll() is None
+    bystander.kill()
+    assert served.kilocopy("status").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"no_such_argument": 1}, "Unknown engine argument: no_such_argument"),
+        ({"max_model_len": 4096, "dtype": "float32", "enforce_eager": True}, "max_model_len"),
+    ],
+    ids=["unknown argument", "engine refuses"],
+)
+def test_an_engine_that_cannot_start_fails_fast_with_its_own_error(served: Served, engine: dict[str, Any], said: str) -> None:
+    yaml = YAML()
+    tree = yaml.load(served.spec.read_text())
+    tree["cluster"]["engine"] = engine
+    tree["cluster"]["replicas"] = 1
+    path = served.folder / "broken.yaml"
+    with path.open("w") as file:
+        yaml.dump(tree, file)
+    state = served.folder / "state-broken"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "kilocopy", "serve", str(path)], capture_output=True, text=True, cwd=served.folder,
+                          env=served.environment | {"KILOCOPY_STATE": str(state)}, timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "serve.log" in done.stderr
+    assert time.monotonic() - began < 200
+    assert [process for process in psutil.process_iter() if _mark(process) == (state / "mark").read_text()] == []
+
+
+def wait_for_requests(served: Served, count: int) -> Path:
+    """The run directory of the run that just began, once it has `count` requests on disk."""
+    before = set((served.folder / "runs").glob("*"))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for run_dir in set((served.folder / "runs").glob("*")) - before:
+            if records.read(run_dir, "requests").num_rows >= count:
+                return run_dir
+        time.sleep(0.3)
+    raise AssertionError("no requests recorded within 60 s")
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("KILOCOPY_SERVE_ID")
+    except (psutil.Error, OSError):
+        return None
