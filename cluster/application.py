@@ -97,5 +97,3 @@ def build(spec: Spec) -> Any:
     config = LLMConfig(**llm_config(spec))
     config.get_engine_config()  # unknown engine arguments are refused here, not minutes later in a replica
     return build_openai_app({"llm_configs": [config]})
-
-

@@ -40,7 +40,13 @@ class State:
 
     def __init__(self, directory: Path, spec: Spec) -> None:
         self._path = directory / "state.json"
-        self._fields: dict[str, Any] = {"pid": os.getpid(), "spec_sha256": spec.sha256, "name": spec.name, "phase": "starting Ray", "started_at": time.time()}
+        self._fields: dict[str, Any] = {
+            "pid": os.getpid(),
+            "spec_sha256": spec.sha256,
+            "name": spec.name,
+            "phase": "starting Ray",
+            "started_at": time.time(),
+        }
         self.set()
 
     def set(self, **fields: Any) -> None:
@@ -123,14 +129,18 @@ def start_ray(spec: Spec, local: bool) -> None:
 
     if local:
         hardware = spec.cluster.hardware
-        per_replica = hardware.cpus_per_replica if isinstance(hardware, CpuReplica) else spec.cluster.tensor_parallel * spec.cluster.pipeline_parallel
+        per_replica = (
+            hardware.cpus_per_replica if isinstance(hardware, CpuReplica) else spec.cluster.tensor_parallel * spec.cluster.pipeline_parallel
+        )
         cpus = spec.cluster.replicas * (per_replica + 1) + 2  # slots, not cores: a replica's actor takes one beside its bundle
         ray.init(address="local", num_cpus=int(cpus + 0.999), include_dashboard=False, log_to_driver=True)
     else:
         try:
             ray.init(address=spec.cluster.address, log_to_driver=True)
         except Exception as error:
-            raise StartError(f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({last_line(error)}); `ray status` on its head says whether it runs") from None
+            raise StartError(
+                f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({last_line(error)}); `ray status` on its head says whether it runs"
+            ) from None
     take_signals()
     if isinstance(spec.cluster.hardware, GpuReplica):
         need, have = spec.cluster.devices, float(ray.cluster_resources().get("GPU", 0))
@@ -153,7 +163,9 @@ def deploy(spec: Spec, state: State) -> None:
     state.set(phase="starting Serve")
     ray_serve.start(http_options={"host": "127.0.0.1", "port": spec.cluster.port})
     state.set(phase="starting replicas")
-    threading.Thread(target=lambda: _quietly(_run, app, _blocking=False, name=application.APPLICATION, route_prefix="/"), daemon=True).start()
+    threading.Thread(
+        target=lambda: _quietly(_run, app, _blocking=False, name=application.APPLICATION, route_prefix="/"), daemon=True
+    ).start()
 
 
 def _quietly(call: Any, *arguments: Any, **options: Any) -> None:
@@ -173,7 +185,9 @@ def wait_ready(spec: Spec, state: State) -> None:
         if seen["application"] in {"DEPLOY_FAILED", "UNHEALTHY"} or seen["message"]:
             raise StartError(f"a replica could not start: {engine_error(seen['message'])}")
         if time.monotonic() > deadline:
-            raise StartError(f"not ready after {spec.cluster.start_timeout_s:g} s (cluster.start_timeout_s): {json.dumps(seen['replicas'])}")
+            raise StartError(
+                f"not ready after {spec.cluster.start_timeout_s:g} s (cluster.start_timeout_s): {json.dumps(seen['replicas'])}"
+            )
         STOP.wait(0.5)
     raise StartError("stopped while starting")
 
@@ -217,8 +231,8 @@ def warm_up(spec: Spec) -> None:
     url = f"http://127.0.0.1:{spec.cluster.port}/v1/completions"
 
     def ask(_: int) -> None:
-        request = urllib.request.Request(url, body, {"content-type": "application/json"})  # noqa: S310  our own loopback address
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        request = urllib.request.Request(url, body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             answer.read()
 
     with ThreadPoolExecutor(8) as pool:

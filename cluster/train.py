@@ -176,9 +176,7 @@ def train_tokenizer(texts: list[str]) -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -226,9 +224,7 @@ class Course:
 
 def _fit(torch: Any, model: Any, tokens: Any, seconds: float, meter: EnergySince) -> Course:
     """AdamW on random windows of the token stream until the time is up; the learning rate follows the clock."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE_MAX, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE_MAX, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     offsets = torch.arange(WINDOW_TOKENS)
     losses: list[float] = []
     start_s = said_s = time.perf_counter()
@@ -383,9 +379,7 @@ def _versions() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Train from the command line; Ctrl-C leaves no half model."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.train", description="Train the demo model and its tokenizer."
-    )
+    parser = argparse.ArgumentParser(prog="python -m cluster.train", description="Train the demo model and its tokenizer.")
     parser.add_argument("--out", type=Path, required=True, help="directory of the model")
     parser.add_argument("--seconds", type=float, default=100, help="time for the gradient steps (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
@@ -400,9 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train  interrupted; nothing was written to {asked.out}", file=sys.stderr)
         return 130
     losses = f"loss {report['loss_first']:.2f} to {report['loss_last']:.2f}"
-    print(
-        f"{asked.out}: {report['parameters']} parameters, {report['tokens']} tokens, {losses}, {report['wall_s']:.0f} s"
-    )
+    print(f"{asked.out}: {report['parameters']} parameters, {report['tokens']} tokens, {losses}, {report['wall_s']:.0f} s")
     return 0
 
 

@@ -16,7 +16,9 @@ from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
 
-app = typer.Typer(help=__doc__.split("\n")[0] if __doc__ else None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=__doc__.split("\n")[0] if __doc__ else None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML); `kilocopy init` writes one.")]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
@@ -31,7 +33,10 @@ def run_command(spec: SpecFile, runs: RunsDir = Path("runs"), web: Annotated[boo
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("kilocopy.yaml"), gpu: Annotated[bool, typer.Option("--gpu", help="For a GPU cluster.")] = False) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("kilocopy.yaml"),
+    gpu: Annotated[bool, typer.Option("--gpu", help="For a GPU cluster.")] = False,
+) -> None:
     """Write a commented spec to start from."""
     starting.write(path, gpu)
     typer.echo(path)
@@ -48,12 +53,25 @@ def train(out: Annotated[Path, typer.Option("--out", help="Directory of the mode
           seconds: Annotated[float, typer.Option("--seconds", help="Training time, s.")] = 100, seed: int = 0,
           force: Annotated[bool, typer.Option("--force", help="Train again although it is there.")] = False) -> None:  # fmt: skip
     """Train the demo model from scratch on Python's own documentation, and write what that cost."""
-    arguments = [sys.executable, "-m", "cluster.train", "--out", str(out), "--seconds", str(seconds), "--seed", str(seed), *(["--force"] if force else [])]
+    arguments = [
+        sys.executable,
+        "-m",
+        "cluster.train",
+        "--out",
+        str(out),
+        "--seconds",
+        str(seconds),
+        "--seed",
+        str(seed),
+        *(["--force"] if force else []),
+    ]
     raise typer.Exit(subprocess.run(arguments, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=False).returncode)
 
 
 @app.command()
-def serve(spec: SpecFile, address: Annotated[str | None, typer.Option("--address", help="Join this Ray instead of cluster.address.")] = None) -> None:
+def serve(
+    spec: SpecFile, address: Annotated[str | None, typer.Option("--address", help="Join this Ray instead of cluster.address.")] = None
+) -> None:
     """Start the replicas, wait until each answers, and leave them serving; `kilocopy down` stops them."""
     loaded = load(spec)
     if address:

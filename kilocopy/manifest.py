@@ -32,7 +32,9 @@ def create(spec: Spec, runs: Path, *, url: str, driver_shares_host: bool, starte
         run_dir = _fresh(run_dir)
         write_json(run_dir / "manifest.json", describe(spec, run_dir.name, now, url, driver_shares_host) | {"started_by": started_by})
     except OSError as error:
-        raise ProblemError(f"{run_dir}: the run directory cannot be written ({error.strerror}); free space there or choose another with --runs") from None
+        raise ProblemError(
+            f"{run_dir}: the run directory cannot be written ({error.strerror}); free space there or choose another with --runs"
+        ) from None
     return run_dir
 
 
@@ -76,7 +78,9 @@ def training(spec: Spec) -> dict[str, Any] | None:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ProblemError(f"{path}: missing, but model.training.kind is 'measured'; train with `kilocopy train --out {spec.model.source}` or leave model.training out") from None
+        raise ProblemError(
+            f"{path}: missing, but model.training.kind is 'measured'; train with `kilocopy train --out {spec.model.source}` or leave model.training out"
+        ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise ProblemError(f"{path}: cannot be read ({error}); train again with `kilocopy train --force`") from None
     return dict(loaded)
@@ -97,7 +101,8 @@ def commit() -> str | None:
     """The checkout's commit, with '+changes' when the tree differs from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, check=True, timeout=20).stdout.strip()  # noqa: S607
+        command = ["git", "-C", str(CHECKOUT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -130,6 +135,13 @@ def gpus() -> list[dict[str, Any]]:
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [{"name": str(pynvml.nvmlDeviceGetName(h)), "uuid": str(pynvml.nvmlDeviceGetUUID(h)), "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(h).total)} for h in handles]
+        return [
+            {
+                "name": str(pynvml.nvmlDeviceGetName(h)),
+                "uuid": str(pynvml.nvmlDeviceGetUUID(h)),
+                "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
+            }
+            for h in handles
+        ]
     except Exception:
         return []

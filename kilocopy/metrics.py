@@ -10,7 +10,14 @@ from __future__ import annotations
 import re
 
 # What a run's identity checks and replicas' picture need, and nothing else: a node's page is about 1 MB.
-COUNTERS = ("generation_tokens_total", "prompt_tokens_total", "request_success_total", "num_preemptions_total", "prefix_cache_hits_total", "prefix_cache_queries_total")
+COUNTERS = (
+    "generation_tokens_total",
+    "prompt_tokens_total",
+    "request_success_total",
+    "num_preemptions_total",
+    "prefix_cache_hits_total",
+    "prefix_cache_queries_total",
+)
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 LABELS = ("ReplicaId", "replica", "NodeAddress", "node", "engine", "finished_reason", "model_name", "WorkerId")
 

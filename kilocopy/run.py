@@ -77,7 +77,14 @@ def power_meter(run_dir: Path) -> Iterator[None]:
     """The power meter of this host, in a process of its own, for the time of a `with` block."""
     environment = os.environ | {"PYTHONPATH": str(manifest.CHECKOUT)}
     with (run_dir / "power.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "cluster.power", str(run_dir)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.power", str(run_dir)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         yield
     finally:
@@ -103,5 +110,7 @@ def write(summary: Summary, run_dir: Path) -> Path:
         records.write_json(path, summary.model_dump(mode="json"))
         (run_dir / "report.html").write_text(render_html(summary), encoding="utf-8")
     except OSError as error:
-        raise ProblemError(f"{run_dir}: the report cannot be written ({error.strerror}); the records are kept, run `kilocopy report {run_dir}` again when there is space") from None
+        raise ProblemError(
+            f"{run_dir}: the report cannot be written ({error.strerror}); the records are kept, run `kilocopy report {run_dir}` again when there is space"
+        ) from None
     return path

@@ -70,6 +70,12 @@ class Scraper:
                 continue
             now_ns = time.perf_counter_ns()
             for name, labels, value in found:
-                row = {"time_ns": now_ns, "target": urlparse(target).netloc, "name": name, "labels": json.dumps(labels, sort_keys=True), "value": value}
+                row = {
+                    "time_ns": now_ns,
+                    "target": urlparse(target).netloc,
+                    "name": name,
+                    "labels": json.dumps(labels, sort_keys=True),
+                    "value": value,
+                }
                 self._writer.append(row)
         self._writer.flush()

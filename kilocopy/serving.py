@@ -58,7 +58,9 @@ def check(spec: Spec) -> None:
     """What can be found wrong before anything starts. Raises ProblemError."""
     model_on_disk(spec)
     if not (CHECKOUT / "cluster" / "serve.py").exists():
-        raise ProblemError(f"{CHECKOUT}: serving runs from the checkout, and cluster/ is not beside the installed package; clone the repository and run `make setup`")
+        raise ProblemError(
+            f"{CHECKOUT}: serving runs from the checkout, and cluster/ is not beside the installed package; clone the repository and run `make setup`"
+        )
     if spec.cluster.address == "local":
         if not isinstance(spec.cluster.hardware, CpuReplica):
             _enough_gpus(spec)
@@ -67,7 +69,9 @@ def check(spec: Spec) -> None:
             try:
                 probe.bind(("127.0.0.1", spec.cluster.port))
             except OSError:
-                raise ProblemError(f"cluster.port {spec.cluster.port} is in use on this host; stop what listens there or set another port") from None
+                raise ProblemError(
+                    f"cluster.port {spec.cluster.port} is in use on this host; stop what listens there or set another port"
+                ) from None
 
 
 def model_on_disk(spec: Spec) -> None:
@@ -78,9 +82,13 @@ def model_on_disk(spec: Spec) -> None:
     if re.match(r"^[a-z0-9]+://", source) or not looks_local:
         return
     if not path.is_dir():
-        raise ProblemError(f"model.source {source}: no such directory; train the demo model with `kilocopy train --out {source}` or give a Hugging Face id")
+        raise ProblemError(
+            f"model.source {source}: no such directory; train the demo model with `kilocopy train --out {source}` or give a Hugging Face id"
+        )
     if not (path / "config.json").exists():
-        raise ProblemError(f"model.source {source}: the directory has no config.json, so it is not a Hugging Face model; point at the directory that holds config.json and the weights")
+        raise ProblemError(
+            f"model.source {source}: the directory has no config.json, so it is not a Hugging Face model; point at the directory that holds config.json and the weights"
+        )
 
 
 def _enough_gpus(spec: Spec) -> None:
@@ -88,7 +96,9 @@ def _enough_gpus(spec: Spec) -> None:
 
     have = len(gpus())
     if spec.cluster.devices > have:
-        raise ProblemError(f"cluster: {spec.cluster.replicas} replicas need {spec.cluster.devices:g} GPUs, this host has {have}; use fewer replicas, hardware.kind: cpu, or the address of a Ray cluster")
+        raise ProblemError(
+            f"cluster: {spec.cluster.replicas} replicas need {spec.cluster.devices:g} GPUs, this host has {have}; use fewer replicas, hardware.kind: cpu, or the address of a Ray cluster"
+        )
 
 
 def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

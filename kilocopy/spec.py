@@ -73,7 +73,9 @@ class Model(Strict):
     """The trained model: what is served, under which name, and what its training cost."""
 
     id: str = Field(min_length=1, description="The name under which it is served.")
-    source: str = Field(min_length=1, description="Hugging Face id, directory, s3:// or gs:// URI. A path is relative to the current directory.")
+    source: str = Field(
+        min_length=1, description="Hugging Face id, directory, s3:// or gs:// URI. A path is relative to the current directory."
+    )
     parameters_active: Positive = Field(description="Parameters that work on one token (N_active in 2 x N_active FLOPs/token).")
     training: Annotated[MeasuredTraining | PublishedTraining, Field(discriminator="kind")] | None = None
 
@@ -102,10 +104,14 @@ class Cluster(Strict):
     hardware: Annotated[CpuReplica | GpuReplica, Field(discriminator="kind")]
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
-    routing: Literal["direct", "proxy"] = Field("direct", description="direct: HAProxy to the replica's own server; proxy: Serve's Python proxy, for comparison.")
+    routing: Literal["direct", "proxy"] = Field(
+        "direct", description="direct: HAProxy to the replica's own server; proxy: Serve's Python proxy, for comparison."
+    )
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     engine: dict[str, Any] = Field(default_factory=dict, description="Engine arguments passed to vLLM as they are.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas; no secrets: they are written to the manifest.")
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment of the replicas; no secrets: they are written to the manifest."
+    )
     start_timeout_s: Positive = 1800
 
     @property
@@ -265,7 +271,9 @@ def load(path: Path) -> Spec:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ProblemError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     if not isinstance(tree, dict):
-        raise ProblemError(f"{path}:1: a spec is a mapping of keys, this is {type(tree).__name__}; `kilocopy init` writes one to start from")
+        raise ProblemError(
+            f"{path}:1: a spec is a mapping of keys, this is {type(tree).__name__}; `kilocopy init` writes one to start from"
+        )
     try:
         return Spec.model_validate(YAML(typ="safe", pure=True).load(text))
     except ValidationError as error:

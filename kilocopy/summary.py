@@ -48,7 +48,7 @@ class Verdict(Frozen):
 
     level: Literal["valid", "latency_withheld", "void"]
     reasons: list[Reason]  # empty for valid
-    notes: list[Reason]    # flags that do not change the level (Little's law, a driver on the serving host, ...)
+    notes: list[Reason]  # flags that do not change the level (Little's law, a driver on the serving host, ...)
 
 
 class Window(Frozen):
@@ -76,11 +76,11 @@ class Copies(Frozen):
     """Copies, in the ways that are never mixed."""
 
     asked: int
-    n_run_client: float | None     # time-mean of requests in flight at the driver, in the window
-    n_run_server: float | None     # time-mean of running sequences summed over replicas
-    slo_held: bool | None          # null where it cannot be judged: latency withheld, no stream inside the window, or held by a void stage
-    slo_attainment: float | None   # fraction of streams that held the speed and the TTFT; null where latency is withheld
-    n_human: dict[str, float]      # throughput equivalents by words per minute: "238", "150", "600"
+    n_run_client: float | None  # time-mean of requests in flight at the driver, in the window
+    n_run_server: float | None  # time-mean of running sequences summed over replicas
+    slo_held: bool | None  # null where it cannot be judged: latency withheld, no stream inside the window, or held by a void stage
+    slo_attainment: float | None  # fraction of streams that held the speed and the TTFT; null where latency is withheld
+    n_human: dict[str, float]  # throughput equivalents by words per minute: "238", "150", "600"
 
 
 class Throughput(Frozen):
@@ -92,7 +92,7 @@ class Throughput(Frozen):
     output_tokens_per_s_per_copy: float | None  # total over n_run_client
     output_tokens_per_s_per_device: float
     output_tokens_per_s_per_replica: float
-    words_per_token: float | None               # measured on decoded text
+    words_per_token: float | None  # measured on decoded text
     words_per_s: float | None
     pages: float | None
     pages_per_hour: float | None
@@ -104,8 +104,8 @@ class Latency(Frozen):
 
     ttft_s: Percentiles | None
     tpot_s: Percentiles | None
-    itl_s: Percentiles | None   # inter-chunk gap / tokens per chunk; equals icl where a chunk holds one token
-    icl_s: Percentiles | None   # inter-chunk latency as read
+    itl_s: Percentiles | None  # inter-chunk gap / tokens per chunk; equals icl where a chunk holds one token
+    icl_s: Percentiles | None  # inter-chunk latency as read
     e2e_s: Percentiles | None
     send_lag_s: Percentiles | None
 
@@ -115,7 +115,7 @@ class Requests(Frozen):
 
     sent: int
     ok: int
-    errors: dict[str, int]   # by outcome
+    errors: dict[str, int]  # by outcome
     cancelled: int
     in_window_ok: int
 
@@ -132,25 +132,25 @@ class Cost(Frozen):
     """Energy and money of one stage's window. `energy_source` says what the joules are worth."""
 
     energy_source: Literal["measured", "assumed", "not_measured"]
-    energy_boundary: str | None                 # what the joules enclose: "gpu × PUE", "gpu+host × PUE"; "facility" where assumed
+    energy_boundary: str | None  # what the joules enclose: "gpu × PUE", "gpu+host × PUE"; "facility" where assumed
     facility_j: Band | None
     wh_per_page: Band | None
     j_per_output_token: Band | None
     pages_per_kwh: Band | None
     electricity_usd_per_page: Band | None
-    hardware_usd_per_page: Band | None          # capital (+ opex) or rent
-    usd_per_page: Band | None                   # owned: hardware + electricity; rented: rent alone
+    hardware_usd_per_page: Band | None  # capital (+ opex) or rent
+    usd_per_page: Band | None  # owned: hardware + electricity; rented: rent alone
     usd_per_m_output_tokens: Band | None
     pages_per_usd: Band | None
     hardware_kind: Literal["owned", "rented"]
-    sentence: str                               # what is in the price and what is not
+    sentence: str  # what is in the price and what is not
 
 
 class Bin(Frozen):
     """One second of the timeline."""
 
     t_s: float
-    stage: int                                  # -1 between stages
+    stage: int  # -1 between stages
     output_tokens_per_s: float
     in_flight: float | None
     server_running: float | None
@@ -162,15 +162,15 @@ class Stage(Frozen):
     """One load level, as measured."""
 
     index: int
-    title: str                                  # "closed, 32 copies"
+    title: str  # "closed, 32 copies"
     verdict: Verdict
     start_s: float
     end_s: float
     window: Window | None
     copies: Copies
     throughput: Throughput | None
-    latency: Latency | None                     # null when withheld or void without a window
-    ttft_values_s: list[float]                  # a bounded sample (<= 2000, evenly spaced in sorted order) for plots; empty when withheld
+    latency: Latency | None  # null when withheld or void without a window
+    ttft_values_s: list[float]  # a bounded sample (<= 2000, evenly spaced in sorted order) for plots; empty when withheld
     icl_values_s: list[float]
     requests: Requests
     checks: list[Check]
@@ -185,7 +185,7 @@ class Ratio(Frozen):
     training_unit: str
     running_per_page: float | None
     running_unit: str
-    ratio_pages: Band | None                    # pages whose running equals the training
+    ratio_pages: Band | None  # pages whose running equals the training
     training_source: str
     sentence: str
 
@@ -196,17 +196,17 @@ class Overhang(Frozen):
     stage: int
     ratios: list[Ratio]
     n_cluster: float | None
-    ratio_unit: str                             # "pages of 500 words"
+    ratio_unit: str  # "pages of 500 words"
 
 
 class Headline(Frozen):
     """The answer, or why there is none."""
 
-    n_slo: int | None                           # largest asked copies whose stage is valid and held the SLO
+    n_slo: int | None  # largest asked copies whose stage is valid and held the SLO
     n_slo_stage: int | None
     n_slo_sentence: str
-    best_stage: int | None                      # highest valid tokens/s
-    sentence: str                               # one sentence a person can repeat
+    best_stage: int | None  # highest valid tokens/s
+    sentence: str  # one sentence a person can repeat
 
 
 class Reference(Frozen):
@@ -223,7 +223,7 @@ class Summary(Frozen):
 
     schema_version: int
     kilocopy_version: str
-    run: dict[str, Any]                         # from the manifest: id, name, started_at, spec_sha256, model, hardware, versions, ...
+    run: dict[str, Any]  # from the manifest: id, name, started_at, spec_sha256, model, hardware, versions, ...
     status: Literal["complete", "interrupted"]
     status_sentence: str
     page_words: int
@@ -231,5 +231,5 @@ class Summary(Frozen):
     timeline: list[Bin]
     headline: Headline
     overhang: Overhang | None
-    prices: list[dict[str, Any]]                # every price used: name, value, low, high, unit, source, date
+    prices: list[dict[str, Any]]  # every price used: name, value, low, high, unit, source, date
     references: list[Reference]

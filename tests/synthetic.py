@@ -29,9 +29,7 @@ def spec(copies: Sequence[int] = (4,), **changes: Any) -> dict[str, Any]:
         "model": {"id": "toy", "source": "/nowhere", "parameters_active": 1e6},
         "cluster": {"replicas": 2, "hardware": {"kind": "gpu", "gpus_per_replica": 1}},
         "workload": {"prompts": {"kind": "synthetic", "input_tokens": 10}, "output_tokens": 10},
-        "stages": [
-            {"arrival": "closed", "copies": n, "duration_s": 20, "warmup_s": 1, "ramp_s": 1} for n in copies
-        ],
+        "stages": [{"arrival": "closed", "copies": n, "duration_s": 20, "warmup_s": 1, "ramp_s": 1} for n in copies],
         "slo": {"tokens_per_s_per_copy": 9, "ttft_s": 1},
         "page": {"words": 500},
         "prices": {

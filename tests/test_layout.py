@@ -77,7 +77,9 @@ def test_readme_commands_exist() -> None:
     assert set(re.findall(r"\bmake ([a-z]+)", readme)) <= targets
     help_text = subprocess.run([sys.executable, "-m", "kilocopy", "--help"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     commands = set(re.findall(r"^[│ ]+([a-z]+)  ", help_text, re.MULTILINE))
-    used = set(re.findall(r"^(?:\$ )?(?:\.venv/bin/)?kilocopy ([a-z]+)", readme, re.MULTILINE)) | set(re.findall(r"`kilocopy ([a-z]+)", readme))
+    used = set(re.findall(r"^(?:\$ )?(?:\.venv/bin/)?kilocopy ([a-z]+)", readme, re.MULTILINE)) | set(
+        re.findall(r"`kilocopy ([a-z]+)", readme)
+    )
     assert used
     assert used <= commands
     tree = re.findall(r"^([A-Za-z.][\w./-]*\.(?:py|yaml|md|sh|j2|txt)) ", readme, re.MULTILINE)

@@ -151,9 +151,7 @@ def test_owned_by_hand(tmp_path: Path) -> None:
     assert mid(cost.hardware_usd_per_page) == pytest.approx(hardware)
     assert mid(cost.usd_per_page) == pytest.approx(hardware + power)
     assert ends(cost.usd_per_page) == pytest.approx((hardware / 2 + power, hardware + power, 2 * hardware + power))
-    assert ends(cost.pages_per_usd) == pytest.approx(
-        (1 / (2 * hardware + power), 1 / (hardware + power), 1 / (hardware / 2 + power))
-    )
+    assert ends(cost.pages_per_usd) == pytest.approx((1 / (2 * hardware + power), 1 / (hardware + power), 1 / (hardware / 2 + power)))
 
 
 def test_opex_is_added_per_device_hour(tmp_path: Path) -> None:

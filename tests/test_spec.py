@@ -36,7 +36,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("old", "new", "key", "legal", "value"), MISTAKES, ids=[m[1] or "no duration" for m in MISTAKES])
-def test_a_mistake_names_file_line_key_value_and_what_is_legal(tmp_path: Path, old: str, new: str, key: str, legal: str, value: str) -> None:
+def test_a_mistake_names_file_line_key_value_and_what_is_legal(
+    tmp_path: Path, old: str, new: str, key: str, legal: str, value: str
+) -> None:
     assert old in DEMO
     path = tmp_path / "bad.yaml"
     path.write_text(DEMO.replace(old, new, 1))
@@ -59,7 +61,10 @@ def test_a_missing_price_is_an_error_because_prices_have_no_default(tmp_path: Pa
         load(path)
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [1", "not valid YAML"), ("- 1", "a spec is a mapping"), ("", "a spec is a mapping"), ("a: 1\na: 2", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [1", "not valid YAML"), ("- 1", "a spec is a mapping"), ("", "a spec is a mapping"), ("a: 1\na: 2", "not valid YAML")],
+)
 def test_what_is_no_spec_at_all_gets_a_sentence(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -85,13 +90,15 @@ def test_frozen() -> None:
         load(SPECS / "demo.yaml").name = "other"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("gpus", "tensor", "good"), [(0.25, 1, True), (0.25, 2, False), (1, 1, True), (2, 1, False), (8, 8, True), (1.5, 1, False)])
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "good"), [(0.25, 1, True), (0.25, 2, False), (1, 1, True), (2, 1, False), (8, 8, True), (1.5, 1, False)]
+)
 def test_gpus_per_replica_fit_the_parallel_workers(gpus: float, tensor: int, good: bool) -> None:
     tree = {"replicas": 2, "hardware": {"kind": "gpu", "gpus_per_replica": gpus}, "tensor_parallel": tensor}
     if good:
         assert Cluster.model_validate(tree).devices == 2 * gpus
     else:
-        with pytest.raises(ValidationError, match="gpus_per_replica|fraction"):
+        with pytest.raises(ValidationError, match=r"gpus_per_replica|fraction"):
             Cluster.model_validate(tree)
 
 
