@@ -139,7 +139,7 @@ def start_ray(spec: Spec, local: bool) -> None:
             ray.init(address=spec.cluster.address, log_to_driver=True)
         except Exception as error:
             raise StartError(
-                f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({last_line(error)}); `ray status` on its head says whether it runs"
+                f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({first_line(error)}); `ray status` on its head says whether it runs"
             ) from None
     take_signals()
     if isinstance(spec.cluster.hardware, GpuReplica):
@@ -159,7 +159,7 @@ def deploy(spec: Spec, state: State) -> None:
     try:
         app = application.build(spec)
     except Exception as error:
-        raise StartError(f"cluster.engine or model: {last_line(error)}") from None
+        raise StartError(f"cluster.engine or model: {first_line(error)}") from None
     state.set(phase="starting Serve")
     ray_serve.start(http_options={"host": "127.0.0.1", "port": spec.cluster.port})
     state.set(phase="starting replicas")
@@ -213,13 +213,14 @@ def observe() -> dict[str, Any]:
 
 def engine_error(message: str) -> str:
     """The line that says what is wrong, out of a replica's traceback; 'see root cause above' sends to the engine's log lines."""
-    lines = [line.strip() for line in message.splitlines()]
-    errors = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|OutOfMemory\w*)\b.*:", line)]
-    said = errors[-1] if errors else (lines[-1] if lines else "no message")
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if re.match(r"^[\w.]*(Error|Exception|OutOfMemory\w*)\b.*:", line)]
+    # pydantic and vLLM say on the lines after the first which argument it is
+    said = " ".join(lines[errors[-1] : errors[-1] + 4]) if errors else (lines[-1] if lines else "no message")
     return re.sub(r"^ray\.exceptions\.\w+: ", "", said)[:600]
 
 
-def last_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The sentence of an exception: its first line that carries words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:600]

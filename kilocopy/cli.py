@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kilocopy import __version__, doctor, recompute, run, serving, starting
+from kilocopy import __version__, doctor, run, serving, starting
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
@@ -22,14 +22,21 @@ app = typer.Typer(
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML); `kilocopy init` writes one.")]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
+Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json instead of the report.")]
 
 
 @app.command("run")
-def run_command(spec: SpecFile, runs: RunsDir = Path("runs"), web: Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")] = False,
-                keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False) -> None:  # fmt: skip
+def run_command(
+    spec: SpecFile,
+    runs: RunsDir = Path("runs"),
+    web: Web = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False,
+    as_json: Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
+AsJson = False,
+) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
-    _finish(run.run(spec, runs, web=web, keep=keep))
+    _finish(run.run(spec, runs, web=web, keep=keep, quiet=as_json), as_json)
 
 
 @app.command()
@@ -99,9 +106,15 @@ def down() -> None:
 
 
 @app.command()
-def drive(spec: SpecFile, url: Annotated[str | None, typer.Option("--url", help="Any OpenAI-compatible server, http(s)://host[:port]; API key in KILOCOPY_API_KEY.")] = None,
-          metrics: Annotated[list[str] | None, typer.Option("--metrics", help="Metrics page of that server, for the identity checks; may be repeated.")] = None,
-          web: Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")] = False, runs: RunsDir = Path("runs")) -> None:  # fmt: skip
+def drive(
+    spec: SpecFile,
+    url: Annotated[str | None, typer.Option("--url", help="Any OpenAI-compatible server; API key in KILOCOPY_API_KEY.")] = None,
+    metrics: Annotated[list[str] | None, typer.Option("--metrics", help="Its metrics page, for the identity checks; may be repeated.")] = None,
+    web: Web = False,
+    runs: RunsDir = Path("runs"),
+    as_json: Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
+AsJson = False,
+) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
     loaded = load(spec)
     state = serving.status()
@@ -112,17 +125,15 @@ def drive(spec: SpecFile, url: Annotated[str | None, typer.Option("--url", help=
     if not url.startswith(("http://", "https://")):
         raise ProblemError(f"--url {url}: not an http:// or https:// address")
     shares = any(host in url for host in ("127.0.0.1", "localhost", "[::1]"))
-    _finish(run.report(run.drive(loaded, runs, url.rstrip("/").removesuffix("/v1"), targets=metrics or [], web=web, shares_host=shares)))
+    base = url.rstrip("/").removesuffix("/v1")
+    _finish(run.report(run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares), quiet=as_json), as_json)
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
+AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
-    if as_json:
-        path = run.write(recompute.summarise(run_dir), run_dir)
-        typer.echo(path.read_text(encoding="utf-8"), nl=False)
-    else:
-        _finish(run.report(run_dir))
+    _finish(run.report(run_dir, quiet=as_json), as_json)
 
 
 @app.command("doctor")
@@ -137,11 +148,12 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _finish(summary: Path) -> None:
-    """The HTML file's name for people, then the last line for programs: the path of summary.json."""
+def _finish(summary: Path, as_json: bool) -> None:
+    """The HTML file's name for people, then the last line for programs: summary.json itself, or its path. 130 when interrupted."""
     typer.echo(f"report: {summary.with_name('report.html').resolve()}", err=True)
-    typer.echo(summary)
-    if json.loads(summary.read_text(encoding="utf-8"))["status"] == "interrupted":
+    text = summary.read_text(encoding="utf-8")
+    typer.echo(text if as_json else summary, nl=not as_json)
+    if json.loads(text)["status"] == "interrupted":
         raise typer.Exit(130)
 
 

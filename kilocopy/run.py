@@ -25,12 +25,12 @@ from kilocopy.summary import Summary
 ERR = Console(stderr=True, highlight=False)
 
 
-def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False) -> Path:
+def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False) -> Path:
     """All of it in order; returns the path of summary.json. Ctrl-C at any time stops what was started and reports what is there."""
     spec = load(spec_path)
     with serve(spec, keep=keep) as state:
         run_dir = drive(spec, runs, state["url"], targets=state["metrics"], web=web, shares_host=spec.cluster.address == "local")
-    return report(run_dir)
+    return report(run_dir, quiet=quiet)
 
 
 @contextlib.contextmanager
@@ -95,11 +95,12 @@ def power_meter(run_dir: Path) -> Iterator[None]:
             process.kill()
 
 
-def report(run_dir: Path) -> Path:
+def report(run_dir: Path, *, quiet: bool = False) -> Path:
     """Measure and price from the records, write summary.json and report.html, print the report; returns summary.json's path."""
     summary = summarise(run_dir)
     path = write(summary, run_dir)
-    print_report(summary, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    if not quiet:
+        print_report(summary, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
     return path
 
 

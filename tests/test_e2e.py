@@ -188,7 +188,7 @@ def test_kill_9_of_the_driver_loses_nothing_that_was_recorded(served: Served) ->
     spec = served.with_stages("killed", {"arrival": "closed", "copies": 4, "duration_s": 300, "warmup_s": 1, "ramp_s": 0.5})
     process = served.background("drive", spec)
     run_dir = wait_for_requests(served, 8)
-    drivers = [child for child in psutil.Process(process.pid).children(recursive=True) if "locust" in " ".join(child.cmdline())]
+    drivers = [child for child in psutil.Process(process.pid).children(recursive=True) if "locust" in " ".join(_cmdline(child))]
     assert drivers
     for driver in drivers:
         driver.kill()
@@ -228,6 +228,22 @@ def test_down_stops_everything_and_only_that(served: Served) -> None:
     assert bystander.poll() is None
     bystander.kill()
     assert served.kilocopy("status").returncode == 1
+
+
+def test_ctrl_c_while_serving_starts_leaves_nothing_behind(served: Served) -> None:
+    environment = served.environment | {"KILOCOPY_STATE": str(served.folder / "state-stopped")}
+    command = [sys.executable, "-m", "kilocopy", "run", str(served.spec)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=served.folder, env=environment)
+    mark = served.folder / "state-stopped" / "mark"
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and sum(_mark(child) == mark.read_text() for child in psutil.process_iter()) > 3):
+        assert time.monotonic() < deadline, "Ray did not begin to start"
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert [child for child in psutil.process_iter() if _mark(child) == mark.read_text()] == []
 
 
 @pytest.mark.parametrize(
