@@ -32,8 +32,7 @@ def run_command(
     runs: RunsDir = Path("runs"),
     web: Web = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False,
-    as_json: Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
-AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
     _finish(run.run(spec, runs, web=web, keep=keep, quiet=as_json), as_json)
@@ -109,11 +108,12 @@ def down() -> None:
 def drive(
     spec: SpecFile,
     url: Annotated[str | None, typer.Option("--url", help="Any OpenAI-compatible server; API key in KILOCOPY_API_KEY.")] = None,
-    metrics: Annotated[list[str] | None, typer.Option("--metrics", help="Its metrics page, for the identity checks; may be repeated.")] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metrics", help="Its metrics page, for the identity checks; may be repeated.")
+    ] = None,
     web: Web = False,
     runs: RunsDir = Path("runs"),
-    as_json: Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
-AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
     loaded = load(spec)
@@ -130,8 +130,7 @@ AsJson = False,
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
-AsJson = False) -> None:
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
     _finish(run.report(run_dir, quiet=as_json), as_json)
 
