@@ -232,7 +232,13 @@ def test_down_stops_everything_and_only_that(served: Served) -> None:
 
 def test_ctrl_c_while_serving_starts_leaves_nothing_behind(served: Served) -> None:
     environment = served.environment | {"KILOCOPY_STATE": str(served.folder / "state-stopped")}
-    command = [sys.executable, "-m", "kilocopy", "run", str(served.spec)]
+    yaml = YAML()
+    tree = yaml.load(served.spec.read_text())
+    tree["cluster"]["port"] = free_port()
+    path = served.folder / "stopped.yaml"
+    with path.open("w") as file:
+        yaml.dump(tree, file)
+    command = [sys.executable, "-m", "kilocopy", "run", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=served.folder, env=environment)
     mark = served.folder / "state-stopped" / "mark"
     deadline = time.monotonic() + 60
@@ -257,8 +263,7 @@ def test_ctrl_c_while_serving_starts_leaves_nothing_behind(served: Served) -> No
 def test_an_engine_that_cannot_start_fails_fast_with_its_own_error(served: Served, engine: dict[str, Any], said: str) -> None:
     yaml = YAML()
     tree = yaml.load(served.spec.read_text())
-    tree["cluster"]["engine"] = engine
-    tree["cluster"]["replicas"] = 1
+    tree["cluster"] |= {"engine": engine, "replicas": 1, "port": free_port()}
     path = served.folder / "broken.yaml"
     with path.open("w") as file:
         yaml.dump(tree, file)
