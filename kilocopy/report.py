@@ -30,6 +30,7 @@ CHECKS = {
 }
 OUTCOMES = {"passed": "✓ passed", "failed": "✗ failed", "not_checked": "– not checked"}
 RATIOS = {"usd": "money", "energy": "energy", "flop": "FLOPs", "gpu_hours": "GPU-hours"}
+LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 STYLES = {"valid": "green", "latency_withheld": "yellow", "void": "red"}
 _MONEY_HEADS = {1: "$/page", 1000: "$/1k", 1_000_000: "$/1M"}
 _BIG = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
@@ -123,12 +124,18 @@ def times(value: Band, factor: float) -> Band:
     return Band(mid=value.mid * factor, low=low, high=high)
 
 
-def latency(stage: Stage, which: str) -> str:
-    """p50 / p99 of a latency, `withheld` where the verdict says so, a dash where no request finished in the window."""
+def latency(stage: Stage, which: str, points: tuple[str, ...] = ("p50", "p99")) -> str:
+    """Percentiles of a latency, `withheld` where the verdict says so, a dash where no request finished in the window."""
     if stage.verdict.level == "latency_withheld":
         return "withheld"
     values: Percentiles | None = getattr(stage.latency, which) if stage.latency else None
-    return seconds(values.p50, values.p99) if values else DASH
+    return seconds(*(getattr(values, point) for point in points)) if values else DASH
+
+
+def latency_row(stage: Stage) -> list[str]:
+    """p50 / p90 / p99 of each of LATENCIES, then words per token."""
+    words = stage.throughput.words_per_token if stage.throughput else None
+    return [*(latency(stage, which, ("p50", "p90", "p99")) for which in LATENCIES), number(words)]
 
 
 def errors(stage: Stage) -> str:
@@ -195,6 +202,9 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
         yield Text()
         yield _table(summary)
         yield _wrapped(_legend(summary), width, style="dim")
+        yield Text()
+        yield _latency_table(summary)
+        yield _wrapped("Latencies: p50 / p90 / p99, of requests sent and finished inside the window.", width, style="dim")
     for title, sentences in _sections(summary):
         if sentences:
             yield Text()
@@ -212,6 +222,7 @@ def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
         yield f"Overhang: training over running, in {summary.overhang.ratio_unit}", list(_overhang(summary))
     yield "Verdicts", list(_verdicts(summary))
     yield "Checks", list(_checks(summary))
+    yield "Beside yours: published figures", [f"{each.name}: {each.figure} ({each.conditions})" for each in summary.references]
 
 
 def _wrapped(text: str, width: int, *, indent: str = "", style: str = "") -> Text:
@@ -247,6 +258,19 @@ def _table(summary: Summary) -> Table:
     for stage in summary.stages:
         style = STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None
         table.add_row(*(Text(plain(cell)) for cell in _row(stage, pages)), style=style)
+    return table
+
+
+def _latency_table(summary: Summary) -> Table:
+    """A row of latencies per stage."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+    for head in ("stage", "copies", "verdict", *LATENCIES.values(), "words/token"):
+        table.add_column(head, justify="left" if head == "verdict" else "right", overflow="fold")
+    for stage in summary.stages:
+        style = STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None
+        badge = BADGES[stage.verdict.level].replace("latency withheld", "withheld")
+        cells = [str(stage.index), f"{stage.copies.asked:,}", badge, *(cell.replace(" / ", "/") for cell in latency_row(stage))]
+        table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from kilocopy.figures import _power, figures
 from kilocopy.page import render_html
-from kilocopy.report import WIDTH, money, number, pages_unit, print_report, seconds
+from kilocopy.report import WIDTH, latency_row, money, number, pages_unit, print_report, seconds
 from kilocopy.summary import Stage, Summary, Verdict
 from tests import summaries
 
@@ -158,6 +158,27 @@ def test_withheld_latency_is_not_plotted_and_void_is_off_the_line() -> None:
         void = [trace for trace in traces[name] if trace.name == "void"]
         assert void
         assert {trace.mode for trace in void} == {"markers"}
+
+
+def test_latency_table_shows_withheld_and_null() -> None:
+    summary = summaries.awkward()
+    withheld = next(stage for stage in summary.stages if stage.verdict.level == "latency_withheld")
+    assert latency_row(withheld)[:4] == ["withheld"] * 4
+    first = summary.stages[0]
+    assert first.latency is not None
+    row = latency_row(first.model_copy(update={"latency": first.latency.model_copy(update={"itl_s": None}), "throughput": None}))
+    assert row[2] == row[4] == "–"
+    assert row[0].count(" / ") == row[1].count(" / ") == row[3].count(" / ") == 2
+    page = without_plotly(render_html(summary)).split('id="latency"')[1].split("</table>")[0]
+    assert page.count("<td>withheld</td>") == 4
+    assert f"<td>{latency_row(first)[3]}</td>" in page
+
+
+def test_terminal_lists_the_published_figures() -> None:
+    summary = summaries.good()
+    assert summary.references
+    text = " ".join(terminal(summary).split())
+    assert all(f"{each.name}: {each.figure}" in text for each in summary.references)
 
 
 def test_thirteen_wide_stages_fit_without_losing_a_digit() -> None:
