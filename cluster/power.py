@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -127,7 +128,8 @@ def record(found: list[Meter], writer: Writer, interval_s: float, stop: threadin
     """Sample on a fixed grid until `stop`, then once more, so that the record reaches to the end of the run."""
     start_s = flushed_s = time.monotonic()
     ticks = 0
-    while not stop.is_set():
+    parent = os.getppid()
+    while not stop.is_set() and os.getppid() == parent:  # an orphan would write for ever
         sample(found, writer)
         if time.monotonic() - flushed_s >= FLUSH_S - interval_s / 2:
             writer.flush()

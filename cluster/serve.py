@@ -91,8 +91,9 @@ def use_loopback() -> None:
 
     os.environ["KILOCOPY_HAPROXY"] = str(get_haproxy_binary())
     os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("haproxy_loopback.sh"))
-    os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
-    os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
+    # Ray shares these fixed ports between two servings on one host (SO_REUSEPORT), and the wrong one may answer.
+    for name in ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT"):
+        os.environ[f"RAY_SERVE_{name}"] = str(free_port())
 
 
 def free_port() -> int:

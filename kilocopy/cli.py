@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, doctor, run, serving, starting
+from kilocopy import __version__, doctor, manifest, run, serving, starting
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
@@ -121,18 +124,28 @@ def drive(
     if url is None:
         if not state or not state["alive"] or state["phase"] != "ready":
             raise ProblemError("nothing is being served here; `kilocopy serve SPEC` first, or give --url")
+        serving.same_cluster(loaded)
         url, metrics = state["url"], state["metrics"]
-    if not url.startswith(("http://", "https://")):
-        raise ProblemError(f"--url {url}: not an http:// or https:// address")
-    shares = any(host in url for host in ("127.0.0.1", "localhost", "[::1]"))
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ProblemError(
+            f"--url {parts.scheme}...: not an http:// or https:// address"
+            if parts.username
+            else f"--url {url}: not an http:// or https:// address"
+        )
+    if parts.username or parts.query:
+        raise ProblemError("--url: leave user, password and query out of the address; an API key goes into KILOCOPY_API_KEY")
     base = url.rstrip("/").removesuffix("/v1")
-    _finish(run.report(run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares), quiet=as_json), as_json)
+    _finish(
+        run.report(run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=manifest.is_this_host(url)), quiet=as_json),
+        as_json,
+    )
 
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
-    _finish(run.report(run_dir, quiet=as_json), as_json)
+    _finish(run.report(run_dir, quiet=as_json), as_json, redone=True)
 
 
 @app.command("doctor")
@@ -147,22 +160,29 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _finish(summary: Path, as_json: bool) -> None:
-    """The HTML file's name for people, then the last line for programs: summary.json itself, or its path. 130 when interrupted."""
+def _finish(summary: Path, as_json: bool, *, redone: bool = False) -> None:
+    """The HTML file's name for people, then the last line for programs: summary.json itself, or its path. 130 when it was interrupted just now."""
     typer.echo(f"report: {summary.with_name('report.html').resolve()}", err=True)
     text = summary.read_text(encoding="utf-8")
     typer.echo(text if as_json else summary, nl=not as_json)
-    if json.loads(text)["status"] == "interrupted":
+    if json.loads(text)["status"] == "interrupted" and not redone:
         raise typer.Exit(130)
 
 
 def main() -> None:
     """Entry point: turns ProblemError into a sentence and its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the same orderly end as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         app()
     except ProblemError as problem:
         typer.echo(f"kilocopy: {problem}", err=True)
         sys.exit(problem.code)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        typer.echo("kilocopy: the disk is full; what was recorded is kept: make room, then `kilocopy report RUN`", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("kilocopy: interrupted", err=True)
         sys.exit(130)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -68,6 +69,12 @@ def _fresh(path: Path) -> Path:
             continue
         return candidate
     raise ProblemError(f"{path}: a hundred runs of this name started in this second")
+
+
+def is_this_host(url: str) -> bool:
+    """Whether an address is this machine's own by its name: then the driver and the servers share its processors."""
+    name = urlsplit(url).hostname or ""
+    return name in {"localhost", "127.0.0.1", "::1", socket.gethostname()}
 
 
 def training(spec: Spec) -> dict[str, Any] | None:

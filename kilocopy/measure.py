@@ -2,7 +2,7 @@
 
 Three ideas carry this module. *Tokens count where they arrive*: a stream that straddles an edge of the window gives the window only
 the tokens that came inside it, so throughput neither gains nor loses at the edges. *Every number has a second way to it*: the
-servers' own counters, Little's law, the gauges of running sequences; where two ways disagree, the stage is void. *Latency is as good
+servers' own counters (where these disagree, the stage is void), Little's law, the gauges of running sequences (these are flagged). *Latency is as good
 as the clock of the driver*: a driver that woke up late stamped late, so its percentiles are withheld while the throughput stands.
 
 All times are seconds since the run's first event (whole nanoseconds are subtracted first, so shifting a run changes nothing).
@@ -45,6 +45,7 @@ BUNCHED_GAP_FRACTION = 0.10  # a gap under this share of the median gap, and und
 BUNCHED_GAP_S = 0.001
 BUNCHED_SHARE_MAX = 0.05
 FEW_STREAMS = 100
+PROBE_S = 0.010  # the driver probes its loop this often (loadtests/recorder.py)
 VALUES_MAX = 2000
 HUMAN_WPM = (238, 150, 600)  # reading (Brysbaert 2019), speech, thought at 10 words/s
 
@@ -621,7 +622,13 @@ def _lag_reasons(lags: Lags, latency: summary.Latency, window: summary.Window) -
 def lag_p99_s(lags: Lags, window: summary.Window) -> float | None:
     """The driver's loop lag in the window; None where it was not recorded."""
     inside = (lags.time_s >= window.start_s) & (lags.time_s <= window.end_s)
-    return float(np.percentile(lags.lag_s[inside], 99)) if inside.any() else None
+    if not inside.any():
+        return None
+    # A blocked loop cannot probe itself: one probe that came 100 ms late stands for the ten that would have been 100, 90, ... ms late.
+    lag_s = lags.lag_s[inside]
+    missed = np.floor(lag_s / PROBE_S).astype(np.int64)
+    steps = np.arange(missed.sum()) - np.repeat(np.cumsum(missed) - missed, missed) + 1
+    return float(np.percentile(np.concatenate([lag_s, np.repeat(lag_s, missed) - steps * PROBE_S]), 99))
 
 
 def bunched_share(gaps_s: Floats) -> float:
@@ -741,9 +748,13 @@ def _requests(streams: Streams, in_window_ok: int) -> summary.Requests:
     )
 
 
-def _judged(streams: Streams, inside: Streams, window: summary.Window, slo: Slo) -> tuple[float | None, bool | None]:
-    """The SLO's attainment, and whether it was held: by enough streams, with few enough errors."""
-    attainment = slo_attainment(inside, slo)
+def _judged(streams: Streams, window: summary.Window, slo: Slo) -> tuple[float | None, bool | None]:
+    """The SLO's attainment, and whether it was held: by enough streams, with few enough errors.
+
+    Every ok stream that was sent in the window is judged, also one that outlasted it: the slow ones are the likeliest to.
+    """
+    sent = (streams.sent_s >= window.start_s) & (streams.sent_s <= window.end_s)
+    attainment = slo_attainment(streams.where(streams.ok & sent), slo)
     errors = error_fraction(streams, window.start_s, window.end_s)
     return attainment, None if attainment is None else attainment >= slo.quantile and errors <= slo.error_fraction_max
 
@@ -815,7 +826,7 @@ def _measured(
     voids = _void_reasons(spec, span, streams, window, checks[0])
     voids += [] if span.cut_off else _steady_reasons(times_s, weights, window)
     notes = _notes(checks, window, inside, lag_p99_s(lags, window), shares_host) + bunched_notes
-    attainment, held = (None, None) if withheld else _judged(streams, inside, window, spec.slo)
+    attainment, held = (None, None) if withheld else _judged(streams, window, spec.slo)
     return summary.Stage(
         **_identity(span, asked, recording),
         verdict=_verdict(voids, withheld, notes),

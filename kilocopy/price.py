@@ -4,7 +4,7 @@ A price is somebody's statement, not a measurement, so every figure here is a *b
 from all low ends together and all high ends together. Every figure also says what its joules are worth: `measured` by a meter,
 `assumed` from a stated power, or `not measured`; a data sheet's watts never pass for a reading.
 
-The formulas are those of ARCHITECTURE.md, Economics (design, section 6): window of tau seconds, D devices, P output pages, J joules.
+The formulas are those of docs in README (design, section 6): window of tau seconds, D devices, P output pages, J joules.
 """
 
 from __future__ import annotations
@@ -137,14 +137,15 @@ def _counted(count: int, noun: str) -> str:
 def usd_per_device_hour(spec: Spec, corner: Corner) -> float:
     """What one hour of one device costs while it serves.
 
-    Owned: K (1 - r) / (8760 L u) + opex (price K, residual r, life of L years, utilisation u). Rented: rent / u.
+    Owned: K (1 - r) / (8760 L u) + opex / u (price K, residual r, life of L years, utilisation u). Rented: rent / u.
     """
     hardware = spec.prices.hardware
     if not isinstance(hardware, Owned):
         return at(hardware.usd_per_device_hour, corner) / hardware.utilisation
     hours = HOURS_PER_YEAR * hardware.life_years * hardware.utilisation
     capital = at(hardware.usd_per_device, corner) * (1 - hardware.residual_fraction) / hours
-    return capital + (at(hardware.opex_usd_per_device_hour, corner) if hardware.opex_usd_per_device_hour else 0.0)
+    opex = at(hardware.opex_usd_per_device_hour, corner) if hardware.opex_usd_per_device_hour else 0.0
+    return capital + opex / hardware.utilisation  # both are paid in idle hours too
 
 
 def electricity_usd(spec: Spec, facility_j: Figure, corner: Corner) -> float:
@@ -198,7 +199,7 @@ def _cost_sentence(spec: Spec, used: Energy, stage: Stage) -> str:
     if isinstance(hardware, Owned):
         parts = "capital and opex" if hardware.opex_usd_per_device_hour else "capital"
         power = "and electricity" if used.facility_j else "alone: electricity is not in it"
-        priced = f"Price of a page: {parts} of owned hardware {share} {power}."
+        priced = f"Price of a page: {parts} of owned hardware {share} {power}; the electricity of its idle hours is not in it."
     else:
         priced = f"Price of a page: the rent of hardware {share}; its electricity is in the rent."
     mix = ""

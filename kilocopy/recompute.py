@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kilocopy import __version__, measure, price
+from kilocopy import __version__, measure, price, records
 from kilocopy.problem import ProblemError
 from kilocopy.references import REFERENCES
 from kilocopy.spec import Slo, Spec
@@ -27,7 +27,8 @@ def summarise(run_dir: Path) -> Summary:
     recording = measure.load(run_dir)
     found = [span for span in measure.spans(recording.events) if 0 <= span.index < len(spec.stages)]
     stages = [_stage(spec, recording, span, bool(manifest.get("driver_shares_host"))) for span in found]
-    status, status_sentence = _status(spec, recording.events, found)
+    damaged = [name for name in records.cut_off(run_dir) if name.startswith("requests/")]
+    status, status_sentence = _status(spec, recording.events, found, damaged)
     headline = _headline(spec, stages, status_sentence if status == "interrupted" else "")
     shown = headline.n_slo_stage if headline.n_slo_stage is not None else headline.best_stage
     at_stage = next((stage for stage in stages if stage.index == shown), None)
@@ -78,11 +79,18 @@ def _stage(spec: Spec, recording: measure.Recording, span: measure.Span, shares_
     return measured.model_copy(update={"cost": price.cost(spec, measured, recording.energy)})
 
 
-def _status(spec: Spec, events: Sequence[dict[str, Any]], found: Sequence[measure.Span]) -> tuple[Literal["complete", "interrupted"], str]:
+def _status(
+    spec: Spec, events: Sequence[dict[str, Any]], found: Sequence[measure.Span], damaged: Sequence[str]
+) -> tuple[Literal["complete", "interrupted"], str]:
     """Whether the run came to its end, and in words how far it came."""
     asked, whole = len(spec.stages), sum(not span.cut_off for span in found)
     ends = [event.get("reason") for event in events if event["event"] == "run_end"]
     if ends and all(reason == "complete" for reason in ends) and whole == asked:
+        if damaged:
+            return (
+                "interrupted",
+                f"The run came to its end, but its records are damaged: {', '.join(damaged)} is cut off, and rows are missing.",
+            )
         return "complete", f"Complete: {asked} of {asked} {'stage' if asked == 1 else 'stages'} ran to the end."
     how = "was interrupted" if "interrupted" in ends else "has no end in its records (its driver was killed, or it is still running)"
     return "interrupted", f"The run {how}: {whole} of {asked} {'stage' if asked == 1 else 'stages'} ran to the end, {len(found)} began."

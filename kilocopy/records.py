@@ -17,6 +17,7 @@ host); each file's schema metadata carries one anchor to the wall clock.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC: continuation marker, length 0
 
 OUTCOMES = (
     "ok", "refused", "timeout_connect", "timeout_first_token", "timeout_stall", "http_429", "http_4xx", "http_5xx",
@@ -139,6 +142,18 @@ def batches(run_dir: Path, kind: str) -> Iterator[pa.RecordBatch]:
                 yield from stream
             except (pa.ArrowInvalid, EOFError, OSError):
                 continue
+
+
+def cut_off(run_dir: Path) -> list[str]:
+    """Files that do not end as a closed stream does (names relative to the run): their writer was killed, or they were damaged."""
+    found = []
+    for path in sorted(run_dir.glob("*/*.arrow")):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - len(END_OF_STREAM)))
+            if file.read() != END_OF_STREAM:
+                found.append(str(path.relative_to(run_dir)))
+    return found
 
 
 def read(run_dir: Path, kind: str) -> pa.Table:

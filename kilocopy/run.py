@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
 from kilocopy.scrape import Scraper
-from kilocopy.spec import Spec, load
+from kilocopy.spec import FilePrompts, Spec, load
 from kilocopy.summary import Summary
 
 ERR = Console(stderr=True, highlight=False)
@@ -28,9 +29,26 @@ ERR = Console(stderr=True, highlight=False)
 def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False) -> Path:
     """All of it in order; returns the path of summary.json. Ctrl-C at any time stops what was started and reports what is there."""
     spec = load(spec_path)
+    check(spec, runs)
     with serve(spec, keep=keep) as state:
         run_dir = drive(spec, runs, state["url"], targets=state["metrics"], web=web, shares_host=spec.cluster.address == "local")
     return report(run_dir, quiet=quiet)
+
+
+def check(spec: Spec, runs: Path) -> None:
+    """What would only fail after minutes of starting is refused first. Raises ProblemError."""
+    prompts = spec.workload.prompts
+    if isinstance(prompts, FilePrompts) and not Path(prompts.path).is_file():
+        raise ProblemError(f"workload.prompts.path {prompts.path}: no such file; a path is relative to the current directory")
+    copies, limit = max(stage.copies for stage in spec.stages), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if copies > limit - 100:
+        raise ProblemError(
+            f"stages: {copies} copies need as many open sockets, this shell allows {limit}; `ulimit -n {copies + 1000}` or fewer copies"
+        )
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProblemError(f"--runs {runs}: run directories cannot be made there ({error.strerror}); name another directory") from None
 
 
 @contextlib.contextmanager
@@ -58,15 +76,19 @@ def _show_start(state: dict[str, Any], line: Any) -> None:
 
 def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, shares_host: bool) -> Path:
     """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there."""
+    check(spec, runs)
     key = os.environ.get("KILOCOPY_API_KEY")
     driving.probe(url, spec.model.id, key, 30, endpoint=spec.workload.endpoint)
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy")
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     progress = driving.ProgressPrinter(ERR, spec)
-    with power_meter(run_dir), Scraper(run_dir, targets) as scraper, progress:
+    meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
+    with meter, Scraper(run_dir, targets) as scraper, progress:
         code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress)
     for target, error in scraper.failures.items():
         ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")
+    if code not in {0, 130} and not any(event["event"] == "stage_start" for event in records.read_events(run_dir)):
+        raise ProblemError(f"the driver could not start (exit code {code}); its log: {run_dir / 'driver.log'}")
     if code not in {0, 130}:
         ERR.print(f"[red]drive[/]  the driver ended with exit code {code}; reporting what was recorded ({run_dir / 'driver.log'})")
     return run_dir
@@ -74,7 +96,7 @@ def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, sh
 
 @contextlib.contextmanager
 def power_meter(run_dir: Path) -> Iterator[None]:
-    """The power meter of this host, in a process of its own, for the time of a `with` block."""
+    """The power meter of this host, which serves too, in a process of its own, for the time of a `with` block."""
     environment = os.environ | {"PYTHONPATH": str(manifest.CHECKOUT)}
     with (run_dir / "power.log").open("wb") as log:
         process = subprocess.Popen(

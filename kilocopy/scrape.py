@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlparse
@@ -52,7 +54,8 @@ class Scraper:
         if self._writer:
             self._thread.join(timeout=15)
             self._once()
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
     def _loop(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -65,7 +68,7 @@ class Scraper:
                 with urllib.request.urlopen(target, timeout=5) as answer:  # noqa: S310  http addresses of our own servers
                     page = answer.read()
                 found = samples(page)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 self.failures[target] = str(error)
                 continue
             now_ns = time.perf_counter_ns()
@@ -78,4 +81,7 @@ class Scraper:
                     "value": value,
                 }
                 self._writer.append(row)
-        self._writer.flush()
+        try:
+            self._writer.flush()
+        except OSError as error:  # the load goes on; its checks will say `not checked`
+            self.failures["recording"] = str(error)

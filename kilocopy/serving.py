@@ -46,6 +46,16 @@ def status() -> dict[str, Any] | None:
     return state
 
 
+def same_cluster(spec: Spec) -> None:
+    """What is driven has to be what is served, or every figure per replica and device is wrong. Raises ProblemError."""
+    served = Spec.model_validate_json((state_dir() / "spec.json").read_text(encoding="utf-8"))
+    for part in ("model", "cluster"):
+        if getattr(served, part) != getattr(spec, part):
+            raise ProblemError(
+                f"{part}: differs from that of '{served.name}', which is being served; `kilocopy down`, then `kilocopy serve` this spec"
+            )
+
+
 def _is_ours(pid: int) -> bool:
     """A process id is ours only if its command line says so: ids are used again."""
     try:
@@ -113,6 +123,7 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
             return running
         raise ProblemError(f"'{running['name']}' is being served already (process {running['pid']}); `kilocopy down` stops it")
     check(spec)
+    stop()  # what a killed serving left behind, while its mark is still known
     directory = state_dir()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -130,13 +141,14 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        return _wait(process, directory, on_change)
+        return _wait(process, directory, on_change, time.monotonic() + spec.cluster.start_timeout_s + 300)
     except BaseException:
+        on_change({"phase": "stopping"})
         stop()
         raise
 
 
-def _wait(process: subprocess.Popen[bytes], directory: Path, on_change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _wait(process: subprocess.Popen[bytes], directory: Path, on_change: Callable[[dict[str, Any]], None], until_s: float) -> dict[str, Any]:
     seen: dict[str, Any] | None = None
     while True:
         state = status()
@@ -151,6 +163,10 @@ def _wait(process: subprocess.Popen[bytes], directory: Path, on_change: Callable
             if cause and cause not in said:
                 said = f"{said}\n  the engine said: {cause}"
             raise ProblemError(f"{said}\n  log: {directory / 'serve.log'}")
+        if time.monotonic() > until_s:
+            raise ProblemError(
+                f"serving hangs in phase '{(seen or {}).get('phase')}', past cluster.start_timeout_s; log: {directory / 'serve.log'}"
+            )
         time.sleep(0.25)
 
 
@@ -178,7 +194,7 @@ def stop(timeout_s: float = 30) -> bool:
     asked = False
     if state and state["alive"]:
         asked = True
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, KeyboardInterrupt):  # a second Ctrl-C: no more patience, but nothing left behind
             serving = psutil.Process(int(state["pid"]))
             serving.send_signal(signal.SIGTERM)
             serving.wait(timeout_s)

@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kilocopy.problem import ProblemError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-OpenFraction = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+OpenFraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -234,6 +234,13 @@ class Prices(Strict):
     hardware: Annotated[Owned | Rented, Field(discriminator="kind")]
     electricity_usd_per_kwh: Quoted
     pue: Quoted = Field(description="Facility energy over IT energy.")
+
+    @model_validator(mode="after")
+    def _pue(self) -> Prices:
+        if min(self.pue.value, self.pue.low or self.pue.value) < 1:
+            raise ValueError("pue is facility energy over IT energy and cannot be below 1")
+        return self
+
     assumed_power_w: Quoted | None = Field(
         None, description="Power of the whole serving hardware where nothing measures it; every figure from it is marked assumed."
     )
@@ -242,7 +249,7 @@ class Prices(Strict):
 class Spec(Strict):
     """A run, whole."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     model: Model
     cluster: Cluster
     workload: Workload
@@ -270,6 +277,8 @@ def load(path: Path) -> Spec:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ProblemError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError) as error:  # a control character; a date with a 13th month
+        raise ProblemError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ProblemError(
             f"{path}:1: a spec is a mapping of keys, this is {type(tree).__name__}; `kilocopy init` writes one to start from"

@@ -73,7 +73,9 @@ class Driver:
         """A run begins. Raises ProblemError where it cannot."""
         url = self.environment.host or ""
         self.target = Target.parse(url)
-        run_dir = self.run_dir or manifest.create(self.spec, Path("runs"), url=url, driver_shares_host=False, started_by="locust")
+        run_dir = self.run_dir or manifest.create(
+            self.spec, Path("runs"), url=url, driver_shares_host=manifest.is_this_host(url), started_by="locust"
+        )
         self.run_dir = None  # a second test of this process gets a directory of its own
         self.reader = Reader()
         try:

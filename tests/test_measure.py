@@ -579,3 +579,22 @@ def test_the_timeline_counts_every_token_once(tmp_path: Path) -> None:
     assert {b.stage for b in bins} == {-1, 0, 1}
     assert max(b.in_flight or 0 for b in bins) == pytest.approx(4)
     assert bins[10].server_running == pytest.approx(1)
+
+
+def test_a_blocked_loop_counts_as_all_the_probes_that_it_missed() -> None:
+    """100 probes, one of them 100 ms late: nine more would have been 90, 80, ... 10 ms late, so p99 is not 0."""
+    lag_s = np.zeros(200)
+    lag_s[7] = 0.1
+    lags = measure.Lags(time_s=np.linspace(0, 1, 200), lag_s=lag_s)
+    window = measure.summary.Window(start_s=0, end_s=1, duration_s=1, rule="test")
+    assert (measure.lag_p99_s(lags, window) or 0) > 0.05
+
+
+def test_a_stream_that_outlasts_the_window_is_judged_by_the_slo(tmp_path: Path) -> None:
+    """Two copies, one of them so slow that its stream ends after the window: the SLO is not held by leaving it out."""
+    run = synthetic.Run(tmp_path, synthetic.spec((2,)))
+    streams = measure.load(run.end(run.stage(0))).streams
+    slow = measure.replace(streams, last_s=streams.first_s + 1e6, finished_s=streams.finished_s + 1e6)
+    window = measure.summary.Window(start_s=float(streams.sent_s.min()), end_s=float(streams.sent_s.max()), duration_s=1, rule="test")
+    assert measure._judged(streams, window, measure.Spec.model_validate(run.spec).slo)[0] == 1.0
+    assert measure._judged(slow, window, measure.Spec.model_validate(run.spec).slo)[0] == 0.0

@@ -156,7 +156,7 @@ def test_owned_by_hand(tmp_path: Path) -> None:
 
 def test_opex_is_added_per_device_hour(tmp_path: Path) -> None:
     cost = costed(tmp_path, prices=prices(hardware=OWNED | {"opex_usd_per_device_hour": quoted(0.25)}))
-    assert mid(cost.hardware_usd_per_page) == pytest.approx(0.75 * 2 * 20 / 3600 / 0.8)
+    assert mid(cost.hardware_usd_per_page) == pytest.approx((0.5 + 0.25 / 0.5) * 2 * 20 / 3600 / 0.8)
 
 
 def test_without_energy_the_price_says_that_electricity_is_missing() -> None:

@@ -184,3 +184,12 @@ def test_manifests_by_others_may_lack_keys(tmp_path: Path) -> None:
     tree: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({"spec": tree["spec"]}))
     assert summarise(path).status == "complete"
+
+
+def test_a_complete_run_with_a_damaged_requests_file_says_so(tmp_path: Path) -> None:
+    ideal(tmp_path)
+    path = next((tmp_path / "requests").glob("*.arrow"))
+    path.write_bytes(path.read_bytes()[:-37])
+    summary = summarise(tmp_path)
+    assert summary.status == "interrupted"
+    assert f"requests/{path.name} is cut off" in summary.status_sentence

@@ -63,7 +63,13 @@ def test_a_missing_price_is_an_error_because_prices_have_no_default(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: [1", "not valid YAML"), ("- 1", "a spec is a mapping"), ("", "a spec is a mapping"), ("a: 1\na: 2", "not valid YAML")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "a spec is a mapping"),
+        ("", "a spec is a mapping"),
+        ("a: 1\na: 2", "not valid YAML"),
+        ("a: 2026-13-45", "not valid YAML"),
+    ],
 )
 def test_what_is_no_spec_at_all_gets_a_sentence(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.yaml"
