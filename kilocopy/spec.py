@@ -295,19 +295,28 @@ def _line_of(node: Any, part: str | int) -> int:
     return int(at[0]) + 1
 
 
+def _legal_keys(mapping: Any) -> str:
+    """The keys of the part of the spec that a mapping resembles most."""
+    schema = Spec.model_json_schema()
+    shapes = [schema, *schema["$defs"].values()]
+    nearest = max(shapes, key=lambda shape: len(set(shape.get("properties", {})) & set(mapping)))
+    return ", ".join(nearest["properties"])
+
+
 def _sentence(path: Path, tree: Any, item: Any) -> str:
     """One validation error of pydantic's as a sentence with the line of the key that is meant."""
     node: Any = tree
+    parent: Any = tree
     line, keys = 1, []
     for part in item["loc"]:
         if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            line, node = _line_of(node, part), node[part]
+            line, parent, node = _line_of(node, part), node, node[part]
         elif isinstance(node, dict) and part in {"measured", "published", "cpu", "gpu", "synthetic", "file", "closed", "owned", "rented"}:
             continue  # the tag of a union: in pydantic's path, not in the file
         keys.append(f"[{part}]" if isinstance(part, int) else f".{part}")
     key = "".join(keys).lstrip(".") or "(the whole file)"
     if item["type"] == "extra_forbidden":
-        said = "unknown key; `kilocopy schema` lists the legal ones"
+        said = f"unknown key; legal here: {_legal_keys(parent)}"
     elif item["type"] == "missing":
         said = "missing"
     else:
