@@ -4,7 +4,7 @@ A price is somebody's statement, not a measurement, so every figure here is a *b
 from all low ends together and all high ends together. Every figure also says what its joules are worth: `measured` by a meter,
 `assumed` from a stated power, or `not measured`; a data sheet's watts never pass for a reading.
 
-The formulas are those of docs in README (design, section 6): window of tau seconds, D devices, P output pages, J joules.
+Each formula stands in the docstring of its function. Its letters: window of tau seconds, D devices, P output pages, J joules.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,3 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def rows(table: pa.Table, columns: Sequence[str]) -> dict[str, Any]:
-    """Columns of a table as numpy arrays (nulls become NaN)."""
-    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in columns}
