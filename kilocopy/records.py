@@ -30,15 +30,16 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC: continuation marker, l
 
 OUTCOMES = (
     "ok", "refused", "timeout_connect", "timeout_first_token", "timeout_stall", "http_429", "http_4xx", "http_5xx",
-    "truncated", "bad_stream", "cancelled",
+    "truncated", "bad_stream", "cancelled", "dropped",
 )  # fmt: skip
 
 REQUESTS = pa.schema([
     ("stage", pa.int16()),            # index in the spec
+    ("level", pa.int16()),            # n-th level that a search stage tried, from 0; 0 in every other stage
     ("worker", pa.int16()),           # driver process
-    ("copy", pa.int32()),             # stream slot, 0..copies-1 over all workers
-    ("sequence", pa.int32()),         # n-th request of that copy in the stage, from 0
-    ("scheduled_ns", pa.int64()),     # closed loop: when the copy wanted to send
+    ("copy", pa.int32()),             # closed loop: stream slot, 0..copies-1 over all workers; open loop: n-th arrival of the stage
+    ("sequence", pa.int32()),         # n-th request of that copy in the stage (of that arrival's conversation), from 0
+    ("scheduled_ns", pa.int64()),     # closed loop: when the copy wanted to send; open loop: when the plan says it arrives
     ("sent_ns", pa.int64()),          # first byte of the request handed to the kernel; null: never sent
     ("first_token_ns", pa.int64()),   # first chunk with text; null: none came
     ("last_token_ns", pa.int64()),
@@ -57,6 +58,7 @@ REQUESTS = pa.schema([
 
 DRIVER = pa.schema([
     ("time_ns", pa.int64()),
+    ("worker", pa.int16()),
     ("stage", pa.int16()),            # -1 between stages
     ("in_flight", pa.int32()),        # copies with a request open
     ("sent", pa.int64()),             # requests, cumulative over the run
@@ -117,9 +119,11 @@ class Writer:
 class Events:
     """Appends one JSON object a line to events/<process>.jsonl, at once.
 
-    Events of the driver: `run_start`; `stage_start` {stage}; `stage_stop_asking` {stage}: from here on no copy sends again;
-    `stage_drained` {stage}: the last stream ended; `stage_settled` {stage}: idle long enough for the servers' counters to be
-    scraped; `run_end` {reason: complete | interrupted}. Every line has `event`, `time_ns`, `wall_ns`, `process`.
+    Events of the driver, each process its own: `run_start`; `stage_start` {stage, level, load, workers}: load is the copies, or
+    the rate, of a search's level, else null; `stage_stop_asking` {stage, level}: from here on nothing is sent; `stage_drained`
+    {stage, level}: the last stream ended; `stage_settled` {stage, level}: idle long enough for the servers' counters to be
+    scraped; `run_end` {reason: complete | interrupted}. Where workers share the load, the master writes `worker_lost` {worker,
+    stage, level}. Every line has `event`, `time_ns`, `wall_ns`, `process`.
     """
 
     def __init__(self, run_dir: Path, process: str) -> None:

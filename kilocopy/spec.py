@@ -25,6 +25,13 @@ OpenFraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+# The tags of the unions: they stand in pydantic's error paths, not in the file.
+TAGS = {
+    "measured", "published", "cpu", "gpu", "synthetic", "file", "owned", "rented",
+    "closed", "constant", "poisson", "gamma", "ramp", "steps", "trace", "search",
+}  # fmt: skip
+
+
 class Strict(BaseModel):
     """A frozen part of the spec in which unknown keys are errors."""
 
@@ -191,7 +198,130 @@ class ClosedStage(Strict):
         return self
 
 
-Stage = Annotated[ClosedStage, Field()]
+class Open(Strict):
+    """What open-loop stages share: requests arrive at times worked out beforehand, whether or not earlier ones have ended."""
+
+    duration_s: Positive = Field(description="Time after the warm-up during which requests go on arriving.")
+    warmup_s: NonNegative = Field(5, description="Time at the start that is not counted; the window may begin later still.")
+    max_in_flight: Count = Field(1024, description="Streams that may be open at once; an arrival that finds none free is recorded as dropped.")
+
+
+class ConstantStage(Open):
+    """Requests at even distances."""
+
+    arrival: Literal["constant"]
+    rate_per_s: Positive
+
+
+class PoissonStage(Open):
+    """Requests of many independent users: exponential distances, a fixed mean rate."""
+
+    arrival: Literal["poisson"]
+    rate_per_s: Positive
+
+
+class GammaStage(Open):
+    """As Poisson, with gamma distances: burstiness is their shape, 1 is Poisson, below 1 comes in bursts, above 1 is more even."""
+
+    arrival: Literal["gamma"]
+    rate_per_s: Positive
+    burstiness: Positive = Field(description="Shape of the gamma distribution; the distances' coefficient of variation is 1/sqrt(shape).")
+
+
+class RampStage(Open):
+    """A rate that rises or falls evenly over the duration (the warm-up runs at the first rate)."""
+
+    arrival: Literal["ramp"]
+    from_rate_per_s: NonNegative
+    to_rate_per_s: NonNegative
+    process: Literal["constant", "poisson"] = "poisson"
+
+    @model_validator(mode="after")
+    def _some(self) -> RampStage:
+        if self.from_rate_per_s + self.to_rate_per_s == 0:
+            raise ValueError("from_rate_per_s and to_rate_per_s are both 0: nothing would be asked")
+        return self
+
+
+class StepsStage(Strict):
+    """One rate after another, each for `step_s` (the warm-up runs at the first rate)."""
+
+    arrival: Literal["steps"]
+    rates_per_s: list[NonNegative] = Field(min_length=1)
+    step_s: Positive
+    process: Literal["constant", "poisson"] = "poisson"
+    warmup_s: NonNegative = 0
+    max_in_flight: Count = 1024
+
+    @property
+    def duration_s(self) -> float:
+        """All steps together."""
+        return len(self.rates_per_s) * self.step_s
+
+    @model_validator(mode="after")
+    def _some(self) -> StepsStage:
+        if not any(self.rates_per_s):
+            raise ValueError("every rate of rates_per_s is 0: nothing would be asked")
+        return self
+
+
+class TraceStage(Strict):
+    """Requests as a production trace recorded them: its times, its lengths, its shared prefixes (which replace the workload's)."""
+
+    arrival: Literal["trace"]
+    path: str = Field(description="A path is relative to the current directory.")
+    format: Literal["azure", "mooncake"] = Field(
+        description="azure: CSV with TIMESTAMP,ContextTokens,GeneratedTokens; mooncake: JSONL with timestamp (ms), input_length, output_length, hash_ids."
+    )
+    from_s: NonNegative = Field(0, description="Begin this far into the trace.")
+    duration_s: Positive | None = Field(None, description="Replay this much of the trace's time; none replays all of it.")
+    speed: Positive = Field(1, description="2 replays twice as fast.")
+    max_in_flight: Count = 1024
+    warmup_s: NonNegative = Field(0, description="Time at the start of the replay that is not counted.")
+
+
+class SearchStage(Strict):
+    """Find the largest load that holds the SLO: double it until one misses, then halve the distance between held and missed."""
+
+    arrival: Literal["search"]
+    over: Literal["copies", "rate_per_s"] = Field("copies", description="copies: closed loop; rate_per_s: Poisson arrivals.")
+    start: Positive = Field(1, description="The first load tried.")
+    limit: Positive = Field(description="No load above it is tried.")
+    precision_fraction: OpenFraction = Field(0.05, description="Stop when held and missed are this close (of the held load; 1 copy at least).")
+    window_s: Positive = Field(30, description="Time of each level after its warm-up.")
+    warmup_s: NonNegative = 5
+    ramp_s: NonNegative = 2
+    repeats: Annotated[int, Field(ge=0, le=10)] = Field(1, description="How often a level is tried again whose interval holds the SLO's quantile.")
+    max_in_flight: Count = Field(1024, description="For rate_per_s: streams that may be open at once.")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> SearchStage:
+        if self.limit < self.start:
+            raise ValueError(f"limit ({self.limit:g}) is below start ({self.start:g})")
+        if self.over == "copies" and (self.start % 1 or self.limit % 1):
+            raise ValueError("start and limit are whole numbers where copies are sought")
+        return self
+
+    def at(self, load: float) -> ClosedStage | PoissonStage:
+        """The plain stage that one level of the search is."""
+        times: dict[str, Any] = {"duration_s": self.window_s, "warmup_s": self.warmup_s}
+        if self.over == "copies":
+            return ClosedStage(arrival="closed", copies=round(load), ramp_s=self.ramp_s, **times)
+        return PoissonStage(arrival="poisson", rate_per_s=load, max_in_flight=self.max_in_flight, **times)
+
+
+OpenStage = ConstantStage | PoissonStage | GammaStage | RampStage | StepsStage | TraceStage
+PlainStage = ClosedStage | OpenStage
+Stage = Annotated[PlainStage | SearchStage, Field(discriminator="arrival")]
+
+
+def streams_max(stage: PlainStage | SearchStage) -> int:
+    """The most streams that a stage may have open at once: the driver holds a socket for each."""
+    if isinstance(stage, ClosedStage):
+        return stage.copies
+    if isinstance(stage, SearchStage) and stage.over == "copies":
+        return round(stage.limit)
+    return stage.max_in_flight
 
 
 class Slo(Strict):
@@ -311,7 +441,7 @@ def _sentence(path: Path, tree: Any, item: Any) -> str:
     for part in item["loc"]:
         if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             line, parent, node = _line_of(node, part), node, node[part]
-        elif isinstance(node, dict) and part in {"measured", "published", "cpu", "gpu", "synthetic", "file", "closed", "owned", "rented"}:
+        elXX:
             continue  # the tag of a union: in pydantic's path, not in the file
         keys.append(f"[{part}]" if isinstance(part, int) else f".{part}")
     key = "".join(keys).lstrip(".") or "(the whole file)"
