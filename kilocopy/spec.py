@@ -441,7 +441,7 @@ def _sentence(path: Path, tree: Any, item: Any) -> str:
     for part in item["loc"]:
         if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             line, parent, node = _line_of(node, part), node, node[part]
-        elXX:
+        elif isinstance(node, dict) and part in TAGS:
             continue  # the tag of a union: in pydantic's path, not in the file
         keys.append(f"[{part}]" if isinstance(part, int) else f".{part}")
     key = "".join(keys).lstrip(".") or "(the whole file)"
