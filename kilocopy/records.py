@@ -66,6 +66,7 @@ DRIVER = pa.schema([
     ("chunks", pa.int64()),           # cumulative
     ("cpu_s", pa.float64()),          # process CPU, cumulative
     ("rss_bytes", pa.int64()),
+    ("open_sockets", pa.int32()),
     ("loop_lag_us", pa.list_(pa.uint32())),  # how late the event loop woke, each probe of this second
 ])  # fmt: skip
 
@@ -123,17 +124,19 @@ class Events:
     the rate, of a search's level, else null; `stage_stop_asking` {stage, level}: from here on nothing is sent; `stage_drained`
     {stage, level}: the last stream ended; `stage_settled` {stage, level}: idle long enough for the servers' counters to be
     scraped; `run_end` {reason: complete | interrupted}. Where workers share the load, the master writes `worker_lost` {worker,
-    stage, level}. Every line has `event`, `time_ns`, `wall_ns`, `process`.
+    stage, level}. Every line has `event`, `time_ns`, `wall_ns`, `host`, `process`.
     """
 
     def __init__(self, run_dir: Path, process: str) -> None:
         path = run_dir / "events" / f"{process}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.host = socket.gethostname()
         self._process, self._file = process, path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event, stamped now."""
-        line = {"event": event, "time_ns": time.perf_counter_ns(), "wall_ns": time.time_ns(), "process": self._process, **fields}
+        now = {"time_ns": time.perf_counter_ns(), "wall_ns": time.time_ns(), "host": self.host, "process": self._process}
+        line = {"event": event, **now, **fields}
         self._file.write(json.dumps(line) + "\n")
 
 

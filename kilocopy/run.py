@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -14,37 +13,38 @@ from typing import Any
 
 from rich.console import Console
 
-from kilocopy import driving, manifest, records, serving
+from kilocopy import driving, limits, manifest, records, serving
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
 from kilocopy.scrape import Scraper
-from kilocopy.spec import FilePrompts, Spec, load
+from kilocopy.spec import Spec, TraceStage, load, streams_max
 from kilocopy.summary import Summary
 
 ERR = Console(stderr=True, highlight=False)
 
 
-def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False) -> Path:
+def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False, workers: int = 1) -> Path:
     """All of it in order; returns the path of summary.json. Ctrl-C at any time stops what was started and reports what is there."""
     spec = load(spec_path)
-    check(spec, runs)
+    check(spec, runs, workers)
     with serve(spec, keep=keep) as state:
-        run_dir = drive(spec, runs, state["url"], targets=state["metrics"], web=web, shares_host=spec.cluster.address == "local")
+        shares_host = spec.cluster.address == "local"
+        run_dir = drive(spec, runs, state["url"], targets=state["metrics"], web=web, shares_host=shares_host, workers=workers)
     return report(run_dir, quiet=quiet)
 
 
-def check(spec: Spec, runs: Path) -> None:
+def check(spec: Spec, runs: Path, workers: int = 1) -> None:
     """What would only fail after minutes of starting is refused first. Raises ProblemError."""
     prompts = spec.workload.prompts
-    if isinstance(prompts, FilePrompts) and not Path(prompts.path).is_file():
-        raise ProblemError(f"workload.prompts.path {prompts.path}: no such file; a path is relative to the current directory")
-    copies, limit = max(stage.copies for stage in spec.stages), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if copies > limit - 100:
-        raise ProblemError(
-            f"stages: {copies} copies need as many open sockets, this shell allows {limit}; `ulimit -n {copies + 1000}` or fewer copies"
-        )
+    path = getattr(prompts, "path", None)
+    if path is not None and not Path(path).is_file():
+        raise ProblemError(f"workload.prompts.path {path}: no such file; a path is relative to the current directory")
+    for index, stage in enumerate(spec.stages):
+        if isinstance(stage, TraceStage) and not Path(stage.path).is_file():
+            raise ProblemError(f"stages[{index}].path {stage.path}: no such file; a path is relative to the current directory")
+    limits.refuse(max(streams_max(stage) for stage in spec.stages), workers)
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,17 +74,21 @@ def _show_start(state: dict[str, Any], line: Any) -> None:
         ERR.print(text)
 
 
-def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, shares_host: bool) -> Path:
+def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, shares_host: bool, workers: int = 1) -> Path:
     """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there."""
-    check(spec, runs)
+    check(spec, runs, workers)
     key = os.environ.get("KILOCOPY_API_KEY")
     driving.probe(url, spec.model.id, key, 30, endpoint=spec.workload.endpoint)
-    run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy")
+    roofline = limits.roofline()
+    for sentence in limits.warnings(spec, roofline, workers):
+        ERR.print(f"[yellow]drive[/]  {sentence}")
+    more = {"driver_roofline": roofline, "driver_workers": workers}
+    run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy", more=more)
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     progress = driving.ProgressPrinter(ERR, spec)
     meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
     with meter, Scraper(run_dir, targets) as scraper, progress:
-        code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress)
+        code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress, workers=workers)
     for target, error in scraper.failures.items():
         ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")
     if code not in {0, 130} and not any(event["event"] == "stage_start" for event in records.read_events(run_dir)):

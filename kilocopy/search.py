@@ -8,13 +8,17 @@ together; where that does not help either, its share decides and the answer's in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kilocopy.spec import SearchStage, Slo
 
 Z_95 = 1.959963984540054
+# What the driver may do to a level before it says nothing about the server; the same bounds as a stage's verdict.
+LAG_S_MAX, LAG_ITL_FRACTION = 0.005, 0.10
+SEND_LAG_S_MAX = 0.05
+CPU_FRACTION_MAX = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,22 @@ def wilson(attained: int, judged: int, z: float = Z_95) -> tuple[float, float]:
     middle = (share + zz / (2 * judged)) / (1 + zz / judged)
     half = z / (1 + zz / judged) * math.sqrt(share * (1 - share) / judged + zz / (4 * judged * judged))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def attains(row: Mapping[str, Any], slo: Slo, *, from_scheduled: bool) -> bool:
+    """Whether an ok row (records.REQUESTS) held the SLO: TTFT from its scheduled time in open loop, else from its send; and the
+    speed (tokens - 1) / (last - first). One token alone has no speed to miss.
+    """
+    begun_ns = row["scheduled_ns"] if from_scheduled else row["sent_ns"]
+    soon = row["first_token_ns"] - begun_ns <= slo.ttft_s * 1e9
+    steps = max(row["output_tokens"] - 1, 0)
+    return bool(soon and steps * 1e9 >= slo.tokens_per_s_per_copy * (row["last_token_ns"] - row["first_token_ns"]))
+
+
+def sound(loop_lag_p99_s: float, cpu_fraction: float, send_lag_p99_s: float, itl_s: float) -> bool:
+    """Whether the driver kept up well enough that what was seen is the server's doing."""
+    lag_s_max = max(LAG_S_MAX, LAG_ITL_FRACTION * itl_s)
+    return loop_lag_p99_s <= lag_s_max and cpu_fraction <= CPU_FRACTION_MAX and send_lag_p99_s <= SEND_LAG_S_MAX
 
 
 def pooled(levels: Sequence[Level]) -> list[Level]:

@@ -1,176 +1,134 @@
-"""Plays the stages of a spec one after the other: who asks when, until when, and what comes between stages.
+"""Goes through the stages of a spec: what is played next, and what comes between.
 
-A closed stage is N copies, each asking again as soon as its stream ended. Locust brings the greenlets (its users); the conductor
-gives each a part, says when to stop asking, waits until the last stream ended (drain) and then until the servers' counters had
-time to be scraped (settle). A copy that fails waits a little longer each time, so that an outage is not a busy loop.
+A plain stage is one level; a search stage is as many as it takes (kilocopy/search.py decides from what each level showed). After
+each level the conductor waits until the servers' counters had time to be scraped (settle).
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import gevent
-from gevent.event import AsyncResult, Event
 
-from kilocopy import schedule
-from kilocopy.schedule import ClosedPlan, CopyStart
-from kilocopy.spec import Spec
-from loadtests.recorder import Progress, Recorder
-from loadtests.streams import Client, Reader, Stream
-from loadtests.workload import Workload
+from kilocopy import search
+from kilocopy.records import Events
+from kilocopy.search import Level
+from kilocopy.spec import ClosedStage, PlainStage, SearchStage, Spec, TraceStage
+from loadtests.player import Report
+from loadtests.team import Alone, Workers, streams_of
 
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 5.0
-Fire = Callable[[dict[str, Any], Stream], None]
-
-
-@dataclass(slots=True)
-class Stage:
-    """A stage while it is played."""
-
-    plan: ClosedPlan
-    begun_ns: int
-    left: int | None  # requests that may still begin after the warm-up
-    playing: int = 0
-    stopped: Event = field(default_factory=Event)
-    empty: Event = field(default_factory=Event)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the stage began."""
-        return (time.perf_counter_ns() - self.begun_ns) / 1e9
-
-    def admits(self) -> bool:
-        """Whether a copy may ask once more. The first copy that may not ends the asking of all."""
-        if not self.stopped.is_set() and self.left is not None and self.elapsed_s >= self.plan.warm_s:
-            if self.left == 0:
-                self.stopped.set()
-            else:
-                self.left -= 1
-        return not self.stopped.is_set()
-
-    def leave(self) -> None:
-        """A copy is done with this stage."""
-        self.playing -= 1
-        if self.playing == 0:
-            self.empty.set()
+RATE_OVER_S = 3.0
 
 
 class Conductor:
-    """The run of this process. `perform` is its greenlet; each Locust user calls `play` over and over."""
+    """The run, in one greenlet: `perform`. Locust's shape reads `users` and `complete`."""
 
-    def __init__(self, spec: Spec, workload: Workload, reader: Reader, recorder: Recorder, *, fire: Fire, settle_s: float) -> None:
-        self._spec, self._workload, self._reader, self._recorder = spec, workload, reader, recorder
-        self._fire, self._settle_s = fire, settle_s
-        self._idle: list[AsyncResult] = []
-        self._changed = Event()
-        self._progress = Progress()
-        self._stage: Stage | None = None
-        self._phase = "ramp"
-        self.copies = spec.stages[0].copies  # how many users there should be now
+    def __init__(self, spec: Spec, team: Alone | Workers, events: Events, *, settle_s: float) -> None:
+        self._spec, self._team, self._events, self._settle_s = spec, team, events, settle_s
+        self._index, self._level = 0, 0
+        self._stage: PlainStage = _first(spec)
+        self._begun_s = time.monotonic()
+        self._settling = False
+        self._seen: list[tuple[float, int]] = []
+        self._workers = team.workers
+        self.users = self._workers * share_of_users(self._stage, self._workers)
         self.complete = False
 
     def perform(self) -> None:
-        """All stages. Raises OSError when the disk is full."""
-        self._recorder.events.write("run_start", spec_sha256=self._spec.sha256)
-        for index in range(len(self._spec.stages)):
-            self._perform_stage(schedule.plan(self._spec, index))
-        self._recorder.close("complete")
+        """All stages. Raises OSError when the disk is full, ProblemError when nobody is left to play."""
+        self._team.gather()
+        self._events.write("run_start", spec_sha256=self._spec.sha256)
+        for index, stage in enumerate(self._spec.stages):
+            if isinstance(stage, SearchStage):
+                self._search(index, stage)
+            else:
+                self._play(index, 0, stage, None)
+        self._team.end("complete")
         self.complete = True
 
-    def _perform_stage(self, plan: ClosedPlan) -> None:
-        events = self._recorder.events
-        self.copies, self._phase = len(plan.starts), "ramp"
-        self._wait_for_users(self.copies)
-        stage = self._stage = Stage(plan, time.perf_counter_ns(), plan.requests, playing=self.copies)
-        self._recorder.stage = plan.stage
-        events.write("stage_start", stage=plan.stage)
-        for start in plan.starts:
-            self._idle.pop().set((stage, start))
-        stage.stopped.wait(plan.stop_s)
-        stage.stopped.set()
-        events.write("stage_stop_asking", stage=plan.stage)
-        self._phase = "drain"
-        stage.empty.wait()
-        events.write("stage_drained", stage=plan.stage)
-        self._phase = "settle"
+    def _search(self, index: int, stage: SearchStage) -> None:
+        tried: list[Level] = []
+        while (load := search.following(stage, tried, self._spec.slo)) is not None:
+            reports = self._play(index, len(tried), stage.at(load), load)
+            tried.append(as_level(load, reports))
+
+    def _play(self, index: int, level: int, stage: PlainStage, load: float | None) -> list[Report]:
+        self._index, self._level, self._stage, self._settling = index, level, stage, False
+        workers = self._team.workers
+        # Never fewer: an idle user costs nothing. One more for each worker that is gone: Locust deals users out anew only for a new number.
+        self.users = max(self.users + self._workers - workers, workers * share_of_users(stage, workers))
+        self._workers = workers
+        self._begun_s = time.monotonic()
+        reports = self._team.play(index, level, load, self.users)
+        self._settling = True
         gevent.sleep(self._settle_s)
-        events.write("stage_settled", stage=plan.stage)
-        self._recorder.stage = -1
-
-    def _wait_for_users(self, count: int) -> None:
-        """Until Locust has made (or stopped) users so that as many as copies are waiting for a part."""
-        while len(self._idle) != count:
-            self._changed.clear()
-            self._changed.wait(1)
-
-    def play(self, client: Client) -> None:
-        """Wait for a part in the next stage and play it."""
-        part: AsyncResult = AsyncResult()
-        self._idle.append(part)
-        self._changed.set()
-        try:
-            stage, start = part.get()
-        finally:
-            if part in self._idle:
-                self._idle.remove(part)
-                self._changed.set()
-        try:
-            self._ask_on(stage, start, client)
-        finally:
-            stage.leave()
-
-    def _ask_on(self, stage: Stage, start: CopyStart, client: Client) -> None:
-        """One copy in one stage: ask, and ask again."""
-        if stage.stopped.wait(max(0.0, start.start_s - stage.elapsed_s)):
-            return
-        sequence = failures = 0
-        while stage.admits():
-            row = self._request({"stage": stage.plan.stage, "copy": start.copy, "sequence": sequence}, client)
-            sequence += 1
-            failures = 0 if row["outcome"] == "ok" else failures + 1
-            if failures:
-                stage.stopped.wait(min(BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10), BACKOFF_MAX_S))
-
-    def _request(self, place: dict[str, int], client: Client) -> dict[str, Any]:
-        recorder, scheduled_ns = self._recorder, time.perf_counter_ns()
-        body = self._workload.body(place["stage"], place["copy"], place["sequence"])
-        stream = Stream()
-        recorder.in_flight += 1
-        recorder.sent += 1
-        try:
-            client.ask(self._workload.path, body, stream)
-        finally:  # also when this greenlet is being killed: a cancelled stream is a row like every other
-            recorder.in_flight -= 1
-            row = recorder.finished(place, scheduled_ns, stream)
-            self._fire(row, stream)
-        return row
+        self._events.write("stage_settled", stage=index, level=level)
+        return reports
 
     def progress(self) -> str:
-        """One line about how far the run is."""
-        stage, copies = self._stage, self.copies
-        index = stage.plan.stage if stage else 0
-        fields = {"stage": index, "stages": len(self._spec.stages), "copies": copies, "phase": self.phase, "eta_s": self._eta_s()}
-        return self._progress.line(self._recorder, self._reader.events, **fields)
-
-    @property
-    def phase(self) -> str:
-        """ramp, warmup, window, drain or settle."""
-        stage = self._stage
-        if self._phase != "ramp" or stage is None:
-            return self._phase
-        if stage.elapsed_s < stage.plan.ramp_s:
-            return "ramp"
-        return "warmup" if stage.elapsed_s < stage.plan.warm_s else "window"
+        """One JSON line about how far the run is; `tokens_per_s` is over the last three seconds and takes an event for a token."""
+        now_s, seen = time.monotonic(), self._team.progress()
+        self._seen = [*(point for point in self._seen if point[0] > now_s - RATE_OVER_S - 0.5), (now_s, seen["events"])]
+        (then_s, before), seconds = self._seen[0], now_s - self._seen[0][0]
+        return json.dumps(
+            {
+                "t": round(time.time(), 3),
+                "stage": self._index,
+                "stages": len(self._spec.stages),
+                "level": self._level,
+                "kind": self._spec.stages[self._index].arrival,
+                "copies": self._stage.copies if isinstance(self._stage, ClosedStage) else None,
+                "rate_per_s": getattr(self._stage, "rate_per_s", None),
+                "phase": "settle" if self._settling else seen["phase"],
+                "eta_s": self._eta_s(),
+                "in_flight": seen["in_flight"],
+                "tokens_per_s": round((seen["events"] - before) / seconds, 1) if now_s > then_s else 0.0,
+                "requests_ok": seen["ok"],
+                "errors": seen["errors"],
+            }
+        )
 
     def _eta_s(self) -> float | None:
-        """Seconds until the run's end without drains; None while a stage ahead counts requests."""
-        index = self._stage.plan.stage if self._stage else 0
+        """Seconds until the run's end without drains; None where a stage ahead has no fixed length."""
         total_s = 0.0
-        for later in self._spec.stages[index:]:
-            if later.duration_s is None:
+        for stage in self._spec.stages[self._index :]:
+            length_s = length_of(stage)
+            if length_s is None:
                 return None
-            total_s += later.ramp_s + later.warmup_s + later.duration_s + self._settle_s
-        return round(max(0.0, total_s - (self._stage.elapsed_s if self._stage else 0.0)), 1)
+            total_s += length_s + self._settle_s
+        return round(max(0.0, total_s - (time.monotonic() - self._begun_s)), 1)
+
+
+def as_level(load: float, reports: Sequence[Report]) -> Level:
+    """What a search learns from a level: the sum over the workers; unsound where any of them could not keep up."""
+    finished = sum(report.finished for report in reports)
+    failed = sum(report.failed + report.dropped for report in reports)
+    return Level(
+        load=load,
+        judged=sum(report.judged for report in reports),
+        attained=sum(report.attained for report in reports),
+        error_fraction=failed / finished if finished else 0.0,
+        sound=all(search.sound(r.loop_lag_p99_s, r.cpu_fraction, r.send_lag_p99_s, r.tpot_mean_s) for r in reports),
+    )
+
+
+def share_of_users(stage: PlainStage, workers: int) -> int:
+    """Users that each worker needs, so that every one has enough whichever way Locust deals them out."""
+    return -(-streams_of(stage) // workers)
+
+
+def _first(spec: Spec) -> PlainStage:
+    stage = spec.stages[0]
+    return stage.at(stage.start) if isinstance(stage, SearchStage) else stage
+
+
+def length_of(stage: Any) -> float | None:
+    """Seconds from a stage's start until it stops asking; None where that is not known beforehand."""
+    if isinstance(stage, SearchStage) or stage.duration_s is None:
+        return None
+    if isinstance(stage, TraceStage):
+        return float(stage.duration_s / stage.speed)
+    return float(stage.duration_s + stage.warmup_s + (stage.ramp_s if isinstance(stage, ClosedStage) else 0.0))

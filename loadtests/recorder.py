@@ -7,49 +7,100 @@ CPU, how many streams are open. What it recorded reaches the kernel at least onc
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from kilocopy.records import Events, Writer
 from loadtests.answers import Answer, decode, judge
 from loadtests.streams import Reader, Stream
 
+if TYPE_CHECKING:
+    from loadtests.exporter import Exporter
+
 PROBE_S = 0.01
 FLUSH_S = 0.5
 SAMPLE_S = 1.0
 ERROR_CHARS_MAX = 300
+_NO_GAPS = np.empty(0, np.uint32)
 
 
 class Recorder:
     """Owns this process' files in the run directory, and the counters that people watch meanwhile."""
 
-    def __init__(self, run_dir: Path, worker: int, reader: Reader, secret: str | None) -> None:
+    def __init__(self, run_dir: Path, worker: int, reader: Reader, secret: str | None, exporter: Exporter | None = None) -> None:
         process = f"worker{worker}"
-        self.worker, self._reader, self._secret = worker, reader, secret
+        self.worker, self._reader, self._secret, self._exporter = worker, reader, secret, exporter
         self.events = Events(run_dir, process)
         self._requests, self._driver = Writer(run_dir, "requests", process), Writer(run_dir, "driver", process)
         self._process = psutil.Process()
         self._lags_us: list[int] = []
-        self._due_ns = 0
-        self.stage = -1
+        self._marked_lags_us: list[int] | None = None  # since the mark, where one was set
+        self._mark = (0.0, 0.0)
+        self._stage, self._level = -1, 0
+        self.phase: Callable[[], str] = lambda: "ramp"
+        self.copies_asked: float | None = None
         self.in_flight = 0
         self.sent = 0
         self.outcomes: Counter[str] = Counter()
         self.closed = False
 
-    def finished(self, place: dict[str, int], scheduled_ns: int, stream: Stream) -> dict[str, Any]:
-        """Understand an ended stream and keep its row. Returns the row. `place` holds stage, copy and sequence."""
+    def begin(self, stage: int, level: int) -> None:
+        """A level begins; -1: none is being played."""
+        self._stage, self._level, self._marked_lags_us = stage, level, None
+
+    def mark(self) -> None:
+        """The warm-up of a search's level is over: `since_mark` counts from here."""
+        self._marked_lags_us, self._mark = [], (time.perf_counter(), self._cpu_s())
+
+    def since_mark(self) -> dict[str, float]:
+        """How this process did since the mark: p99 of its loop lag, and its share of a core; empty without a mark."""
+        if not self._marked_lags_us:
+            return {}
+        then_s, cpu_s = self._mark
+        seconds = time.perf_counter() - then_s
+        lag_us = float(np.percentile(self._marked_lags_us, 99))
+        return {"loop_lag_p99_s": lag_us / 1e6, "cpu_fraction": (self._cpu_s() - cpu_s) / seconds}
+
+    def _cpu_s(self) -> float:
+        cpu = self._process.cpu_times()
+        return float(cpu.user + cpu.system)
+
+    def dropped(self, place: dict[str, int], scheduled_ns: int) -> dict[str, Any]:
+        """Keep the row of an arrival that was never sent, since no stream was free for it. Returns the row."""
+        row: dict[str, Any] = {
+            **place,
+            "worker": self.worker,
+            "scheduled_ns": scheduled_ns,
+            "sent_ns": None,
+            "finished_ns": time.perf_counter_ns(),
+            "outcome": "dropped",
+            "error": "no stream was free when it was due (max_in_flight)",
+        }
+        self._keep(row, _NO_GAPS)
+        return row
+
+    def _keep(self, row: dict[str, Any], gaps_us: npt.NDArray[np.uint32]) -> None:
+        self.outcomes[row["outcome"]] += 1
+        if not self.closed:
+            self._requests.append(row)
+        if self._exporter is not None:
+            self._exporter.finished(row, gaps_us)
+
+    def finished(self, place: dict[str, int], scheduled_ns: int, stream: Stream) -> tuple[dict[str, Any], str]:
+        """Understand an ended stream and keep its row; returns the row and the text. `place`: stage, level, copy, sequence."""
         answer = decode(stream.pieces, stream.stamps_ns)
         outcome, error = _outcome(stream, answer)
         if error and self._secret:
             error = error.replace(self._secret, "***")
-        times = answer.times_ns
+        times, gaps_us = answer.times_ns, answer.gaps_us
         row = {
             **place,
             "worker": self.worker,
@@ -62,42 +113,51 @@ class Recorder:
             "output_tokens": answer.output_tokens,
             "output_words": answer.words,
             "chunks": len(times),
-            "gaps_us": answer.gaps_us,
+            "gaps_us": gaps_us,
             "outcome": outcome,
             "status": stream.status,
             "finish_reason": answer.finish_reason,
             "replica": stream.replica,
             "error": error[:ERROR_CHARS_MAX] if error else None,
         }
-        self.outcomes[outcome] += 1
-        if not self.closed:
-            self._requests.append(row)
-        return row
+        self._keep(row, gaps_us)
+        return row, answer.text
 
     def probe(self) -> None:
         """Measure for ever how late the event loop wakes. A greenlet of its own."""
         while True:
-            self._due_ns = time.perf_counter_ns() + int(PROBE_S * 1e9)
+            due_ns = time.perf_counter_ns() + int(PROBE_S * 1e9)
             gevent.sleep(PROBE_S)
-            self._lags_us.append(max(0, time.perf_counter_ns() - self._due_ns) // 1000)
+            lag_us = max(0, time.perf_counter_ns() - due_ns) // 1000
+            self._lags_us.append(lag_us)
+            if self._marked_lags_us is not None:
+                self._marked_lags_us.append(lag_us)
 
     def sample(self) -> None:
         """Keep one row of the driver's health."""
         lags_us, self._lags_us = self._lags_us, []
-        cpu = self._process.cpu_times()
+        cpu_s, rss_bytes = self._cpu_s(), self._process.memory_info().rss
         self._driver.append(
             {
                 "time_ns": time.perf_counter_ns(),
-                "stage": self.stage,
+                "worker": self.worker,
+                "stage": self._stage,
                 "in_flight": self.in_flight,
                 "sent": self.sent,
                 "finished": sum(self.outcomes.values()),
                 "chunks": self._reader.events,
-                "cpu_s": cpu.user + cpu.system,
-                "rss_bytes": self._process.memory_info().rss,
+                "cpu_s": cpu_s,
+                "rss_bytes": rss_bytes,
+                "open_sockets": self._reader.connections,
                 "loop_lag_us": lags_us,
             }
         )
+        if self._exporter is not None:
+            self._exporter.sample(
+                stage=self._stage, level=self._level, phase=self.phase(), copies_asked=self.copies_asked, in_flight=self.in_flight,
+                sent=self.sent, events=self._reader.events, loop_lag_us=lags_us, cpu_s=cpu_s, rss_bytes=rss_bytes,
+                dropped=self.outcomes["dropped"],
+            )  # fmt: skip
 
     def flush(self) -> None:
         """Hand what came to the kernel. Raises OSError when the disk is full."""
@@ -130,27 +190,3 @@ def _outcome(stream: Stream, answer: Answer) -> tuple[str, str | None]:
     if stream.outcome == "truncated" and by_content[0] not in {"ok", "truncated"}:
         return by_content  # an error status or an error event says more than the hang-up after it
     return stream.outcome, stream.error
-
-
-class Progress:
-    """What a person watches: one JSON line a second on standard output."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[int, int]] = []
-
-    def line(self, recorder: Recorder, events: int, **fields: Any) -> str:
-        """The line; `tokens_per_s` is over the last three seconds and takes an event for a token."""
-        now_ns = time.perf_counter_ns()
-        self._seen = [*self._seen[-3:], (now_ns, events)]
-        (then_ns, before), seconds = self._seen[0], (now_ns - self._seen[0][0]) / 1e9
-        errors = {outcome: n for outcome, n in sorted(recorder.outcomes.items()) if outcome != "ok"}
-        return json.dumps(
-            {
-                "t": round(time.time(), 3),
-                **fields,
-                "in_flight": recorder.in_flight,
-                "tokens_per_s": round((events - before) / seconds, 1) if now_ns > then_ns else 0.0,
-                "requests_ok": recorder.outcomes["ok"],
-                "errors": errors,
-            }
-        )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ def spec(*stages: dict[str, Any], **workload: Any) -> Spec:
     tree["model"]["source"] = "/no/such/model"  # prompts by words: no tokenizer to load
     tree["workload"] |= {"timeouts": {"connect_s": 1, "first_token_s": 1, "stall_s": 0.5}} | workload
     tree["stages"] = [{"arrival": "closed", "warmup_s": 0, "ramp_s": 0.2, **stage} for stage in stages]
+    return Spec.model_validate(tree)
+
+
+def open_spec(*stages: dict[str, Any], slo: dict[str, Any] | None = None) -> Spec:
+    tree = spec({"copies": 1, "requests": 1}).model_dump(mode="json")
+    tree["stages"] = list(stages)
+    tree["slo"] |= slo or {}
     return Spec.model_validate(tree)
 
 
@@ -118,7 +126,7 @@ def test_the_same_spec_asks_the_same(tmp_path: Path, started: list[Drive]) -> No
             started.append(drive := Drive(tmp_path / name, server.url, spec({"copies": 2, "requests": 3, "ramp_s": 0}, endpoint="chat")))
             assert drive.wait() == 0, drive.err
         by_seed = {request["seed"]: request for request in server.requests}
-        asked.append([by_seed[schedule.request_seed(1, 0, copy, 0)] for copy in (0, 1)])
+        asked.append([by_seed[schedule.request_seed(1, 0, 0, copy, 0)] for copy in (0, 1)])
     assert asked[0] == asked[1]
     assert "messages" in asked[0][0]
 
@@ -186,6 +194,103 @@ def test_the_watcher_gone_ends_the_run(tmp_path: Path, started: list[Drive]) -> 
         assert drive.process.stdout is not None
         drive.process.stdout.close()
         assert drive.process.wait(15) == 130
+
+
+def outcomes(drive: Drive) -> Counter[str]:
+    return Counter(row["outcome"] for row in drive.rows)
+
+
+def test_arrivals_are_sent_when_they_are_due_and_what_finds_no_room_is_dropped(tmp_path: Path, started: list[Drive]) -> None:
+    stage = {"arrival": "poisson", "rate_per_s": 40, "duration_s": 3, "warmup_s": 0.5, "max_in_flight": 6}
+    played = open_spec(stage)
+    with Server("ok", tokens=5, ttft_s=0.1, itl_s=0.01) as server:  # 6 places of 0.14 s each take about 43 requests a second
+        started.append(drive := Drive(tmp_path, server.url, played))
+        assert drive.wait() == 0, drive.err
+        asked = len(server.requests)
+    planned = schedule.plan(played, 0).arrivals
+    rows = sorted(drive.rows, key=lambda row: row["copy"])
+    assert [row["copy"] for row in rows] == [arrival.index for arrival in planned]
+    begun_ns = next(event["time_ns"] for event in records.read_events(tmp_path) if event["event"] == "stage_start")
+    for row, arrival in zip(rows, planned, strict=True):
+        assert row["scheduled_ns"] == pytest.approx(begun_ns + arrival.at_s * 1e9, abs=5e6)
+        assert (row["sent_ns"] is None) == (row["outcome"] == "dropped")
+    late_s = sorted((row["sent_ns"] - row["scheduled_ns"]) / 1e9 for row in rows if row["sent_ns"] is not None)
+    assert 0 <= late_s[0]
+    assert late_s[len(late_s) // 2] < 0.03
+    counts = outcomes(drive)
+    assert counts["ok"] == asked
+    assert 0 < counts["dropped"] < counts["ok"]
+    assert counts["ok"] + counts["dropped"] == len(planned)
+
+
+def test_a_search_doubles_until_the_server_misses(tmp_path: Path, started: list[Drive]) -> None:
+    """The server answers at once, so the search ends at its limit; each level is recorded as one of its own."""
+    stage = {"arrival": "search", "start": 1, "limit": 4, "window_s": 1, "warmup_s": 0.2, "ramp_s": 0.1, "repeats": 0}
+    played = open_spec(stage)
+    with Server("ok", tokens=3, ttft_s=0.01, itl_s=0.002) as server:
+        started.append(drive := Drive(tmp_path, server.url, played))
+        assert drive.wait() == 0, drive.err
+    starts = [event for event in records.read_events(tmp_path) if event["event"] == "stage_start"]
+    loads = [event["load"] for event in starts]
+    assert [event["level"] for event in starts] == list(range(len(starts)))
+    assert sorted(set(loads)) == [1, 2, 4]
+    assert loads[-1] == 4
+    for event in starts:
+        copies = {row["copy"] for row in drive.rows if row["level"] == event["level"]}
+        assert copies == set(range(round(event["load"])))
+
+
+def test_a_search_stops_where_the_slo_is_missed(tmp_path: Path, started: list[Drive]) -> None:
+    stage = {"arrival": "search", "start": 2, "limit": 64, "window_s": 1, "warmup_s": 0.2, "ramp_s": 0.1, "repeats": 0}
+    with Server("ok", tokens=3, ttft_s=0.3, itl_s=0.002) as server:
+        started.append(drive := Drive(tmp_path, server.url, open_spec(stage, slo={"ttft_s": 0.1})))
+        assert drive.wait() == 0, drive.err
+    assert {event["load"] for event in records.read_events(tmp_path) if event["event"] == "stage_start"} == {2, 1}
+
+
+def test_several_workers_share_a_stage(tmp_path: Path, started: list[Drive]) -> None:
+    played = spec({"copies": 5, "duration_s": 3}, {"copies": 1, "requests": 3}, {"copies": 4, "requests": 8})
+    with Server("ok", tokens=10, ttft_s=0.03, itl_s=0.01) as server:
+        started.append(drive := Drive(tmp_path, server.url, played, "--headless", "--processes", "2"))
+        assert drive.wait() == 0, drive.err
+    rows = drive.rows
+    assert {row["outcome"] for row in rows} == {"ok"}
+    assert len({(row["stage"], row["copy"], row["sequence"]) for row in rows}) == len(rows) == len(server.requests)
+    assert {(row["worker"], row["copy"]) for row in rows if row["stage"] == 0} == {(copy % 2, copy) for copy in range(5)}
+    events = records.read_events(tmp_path)
+    assert {event["process"] for event in events} == {"master", "worker0", "worker1"}
+    assert [event["reason"] for event in events if event["event"] == "run_end"] == ["complete"] * 3
+    begun = [event["time_ns"] for event in events if event["event"] == "stage_start" and event["stage"] == 0]
+    assert abs(begun[0] - begun[1]) < 0.2e9
+
+
+def test_a_worker_that_dies_is_noted_and_the_others_go_on(tmp_path: Path, started: list[Drive]) -> None:
+    played = spec({"copies": 4, "duration_s": 8}, {"copies": 4, "duration_s": 1})
+    with Server("ok", tokens=10, ttft_s=0.03, itl_s=0.01) as server:
+        started.append(drive := Drive(tmp_path, server.url, played, "--headless", "--processes", "2"))
+        drive.until_rows(8)
+        victim = max(psutil.Process(drive.process.pid).children(), key=lambda child: child.pid)
+        victim.kill()
+        assert drive.wait() in {0, 1}, drive.err
+    events = records.read_events(tmp_path)
+    lost = [event for event in events if event["event"] == "worker_lost"]
+    assert [event["stage"] for event in lost] == [0]
+    alive = 1 - lost[0]["worker"]
+    assert {row["worker"] for row in drive.rows if row["stage"] == 0} == {0, 1}  # what it recorded is kept
+    second = [row for row in drive.rows if row["stage"] == 1]
+    assert {row["worker"] for row in second} == {alive}
+    assert {row["copy"] for row in second} == {0, 1, 2, 3}  # the next stage is shared anew
+    assert next(event["reason"] for event in events if event["event"] == "run_end" and event["process"] == "master") == "complete"
+
+
+def test_an_interrupt_reaches_every_worker(tmp_path: Path, started: list[Drive]) -> None:
+    with Server("ok", tokens=40, itl_s=0.02) as server:
+        started.append(drive := Drive(tmp_path, server.url, spec({"copies": 4, "duration_s": 60}), "--headless", "--processes", "2"))
+        drive.until_rows(4)
+        drive.process.send_signal(signal.SIGINT)
+        assert drive.wait(20) == 130, drive.err
+    assert {event["reason"] for event in records.read_events(tmp_path) if event["event"] == "run_end"} == {"interrupted"}
+    assert outcomes(drive)["cancelled"] == 4
 
 
 def test_locusts_web_page_works_too(tmp_path: Path, started: list[Drive]) -> None:

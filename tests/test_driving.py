@@ -20,7 +20,7 @@ from tests.test_driver import spec
 pytestmark = pytest.mark.timeout(60)
 PROGRESS = {
     "t": 1.0, "stage": 0, "stages": 2, "copies": 4, "phase": "window", "in_flight": 4, "tokens_per_s": 400.0,
-    "requests_ok": 1234, "errors": {"http_429": 3}, "eta_s": 61.2,
+    "requests_ok": 1234, "errors": {"http_429": 3}, "eta_s": 61.2, "level": 0, "kind": "closed", "rate_per_s": None,
 }  # fmt: skip
 
 
@@ -75,6 +75,32 @@ def test_a_drive_reports_its_progress_and_its_end(tmp_path: Path, monkeypatch: p
     assert set(PROGRESS) == set(seen[0])
     assert seen[-1]["requests_ok"] > 0
     assert records.read_events(tmp_path)[-1]["reason"] == "complete"
+
+
+def test_workers_are_started_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KILOCOPY_SETTLE_S", "0.2")
+    seen: list[dict[str, Any]] = []
+    with Server("ok") as server:
+        played = make_run(tmp_path, {"copies": 4, "duration_s": 3})
+        assert driving.drive(tmp_path, server.url, played, api_key=None, web=False, on_progress=seen.append, workers=2) == 0
+    assert {row["worker"] for row in records.read(tmp_path, "requests").to_pylist()} == {0, 1}
+    assert max(progress["in_flight"] for progress in seen) <= 4
+    assert seen[-1]["requests_ok"] > 0
+
+
+@pytest.mark.parametrize(
+    ("progress", "said"),
+    [
+        ({}, "copies 4/4"),
+        ({"kind": "search", "level": 2}, "search 3: copies 4/4"),
+        ({"kind": "poisson", "copies": None, "rate_per_s": 2.5}, "poisson 2.5/s, 4 in flight"),
+        ({"kind": "search", "level": 0, "copies": None, "rate_per_s": 8.0}, "search 1: poisson 8/s, 4 in flight"),
+        ({"kind": "trace", "copies": None}, "trace, 4 in flight"),
+    ],
+)
+def test_the_progress_line_says_the_load(progress: dict[str, Any], said: str) -> None:
+    with driving.ProgressPrinter(Console(file=io.StringIO()), spec({"copies": 4, "requests": 1})) as printer:
+        assert f"  {said}  " in printer.line(PROGRESS | progress)
 
 
 def test_an_interrupt_is_passed_on_once(tmp_path: Path) -> None:
