@@ -104,7 +104,7 @@ def page_cost(summary: Summary) -> Figure:
     unit = "$ per page" if per == 1 else f"$ per {per:,} pages"
     plot = go.Figure()
     if any(_low_high(stage) for stage in valid):
-        edges = [(stage.copies.asked, *(_low_high(stage) or (_mid(stage), _mid(stage)))) for stage in valid]
+        edges = [(load_of(stage), *(_low_high(stage) or (_mid(stage), _mid(stage)))) for stage in valid]
         plot.add_trace(
             go.Scatter(
                 x=[e[0] for e in edges] + [e[0] for e in reversed(edges)],
@@ -152,7 +152,7 @@ def inter_chunk_latency(summary: Summary) -> Figure:
 
 def _distribution(summary: Summary, *, field: str, name: str, head: str, axis: str, limit_s: float | None = None) -> Figure:
     """Percentiles of raw values on an axis that stretches towards the tail, times on a log axis."""
-    hidden = [stage.copies.asked for stage in summary.stages if stage.verdict.level == "latency_withheld"]
+    hidden = [load_of(stage) for stage in summary.stages if stage.verdict.level == "latency_withheld"]
     note = f" Withheld at {_listed(hidden)} copies: see the verdict." if hidden else ""
     stages = [stage for stage in summary.stages if any(value > 0 for value in getattr(stage, field))]
     if not stages:
@@ -256,7 +256,7 @@ def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
     if stage.window is None:
         return
     void = _is_void(stage)
-    label = copies_label(stage.copies.asked) if len(summary.stages) <= 8 else f"{stage.copies.asked:,}"
+    label = copies_label(stage.copies.asked) if len(summary.stages) <= 8 else f"{load_of(stage):,}"
     plot.add_shape(
         type="rect",
         x0=stage.window.start_s,
@@ -340,11 +340,16 @@ def _ratio_bars(known: dict[str, Band]) -> go.Bar:
 
 def load_colour(summary: Summary, stage: Stage) -> str:
     """The stage's colour: from cool to warm with the copies asked for."""
-    loads = sorted({one.copies.asked for one in summary.stages})
-    place = loads.index(stage.copies.asked) / max(1, len(loads) - 1) * (len(LOADS) - 1)
+    loads = sorted({load_of(one) for one in summary.stages})
+    place = loads.index(load_of(stage)) / max(1, len(loads) - 1) * (len(LOADS) - 1)
     left = min(int(place), len(LOADS) - 2)
     mixed = (round(a + (b - a) * (place - left)) for a, b in zip(LOADS[left], LOADS[left + 1], strict=True))
     return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def load_of(stage: Stage) -> float:
+    """Where a stage stands on the axis of copies: as many as were asked for, or in open loop as many as were in flight."""
+    return stage.copies.asked if stage.copies.asked is not None else max(stage.copies.n_run_client or 0.0, 0.01)
 
 
 def _is_void(stage: Stage) -> bool:
@@ -353,12 +358,12 @@ def _is_void(stage: Stage) -> bool:
 
 def _split(stages: list[Stage]) -> tuple[list[Stage], list[Stage]]:
     """Stages by copies: those a line may be drawn through, and the void ones."""
-    ordered = sorted(stages, key=lambda stage: (stage.copies.asked, stage.index))
+    ordered = sorted(stages, key=lambda stage: (load_of(stage), stage.index))
     return [stage for stage in ordered if not _is_void(stage)], [stage for stage in ordered if _is_void(stage)]
 
 
-def _asked(stages: list[Stage]) -> list[int]:
-    return [stage.copies.asked for stage in stages]
+def _asked(stages: list[Stage]) -> list[float]:
+    return [load_of(stage) for stage in stages]
 
 
 def _total(stage: Stage) -> float:
@@ -379,8 +384,8 @@ def _low_high(stage: Stage) -> tuple[float, float] | None:
     return (usd.low, usd.high) if usd and usd.low is not None and usd.high is not None else None
 
 
-def _listed(values: list[int]) -> str:
-    return ", ".join(f"{value:,}" for value in values)
+def _listed(values: list[float]) -> str:
+    return ", ".join(number(value) if value % 1 else f"{value:,.0f}" for value in values)
 
 
 def _void_note(void: list[Stage]) -> str:
@@ -419,10 +424,10 @@ def _interval_bars(stages: list[Stage], colour: str) -> dict[str, Any]:
     }
 
 
-def _perfect(first: Stage, most: int) -> go.Scatter:
+def _perfect(first: Stage, most: float) -> go.Scatter:
     """Perfect scaling from the first valid stage."""
-    per_copy = _total(first) / first.copies.asked
-    ends = [first.copies.asked, max(most, first.copies.asked)]
+    per_copy = _total(first) / load_of(first)
+    ends = [load_of(first), max(most, load_of(first))]
     line = {"color": GREY, "dash": "dot", "width": 1.5}
     return go.Scatter(
         x=ends,
@@ -442,7 +447,7 @@ def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
         "title": "copies asked for",
         "type": "log",
         "tickvals": loads,
-        "ticktext": [f"{load:,}" for load in loads],
+        "ticktext": [f"{load:,.0f}" if load % 1 == 0 else number(load) for load in loads],
         "range": [math.log10(loads[0]) - pad, math.log10(loads[-1]) + pad],
     }
 

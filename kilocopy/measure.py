@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from scipy.special import stdtr, stdtrit
 
 from kilocopy import records, summary
-from kilocopy.spec import ClosedStage, Slo, Spec
+from kilocopy.spec import ClosedStage, PlainStage, SearchStage, Slo, Spec
 from kilocopy.summary import Check, Estimate, Percentiles, Reason
 
 Floats = npt.NDArray[np.float64]
@@ -58,6 +58,7 @@ class Streams:
     """Requests as columns, one entry each; what was never recorded is NaN. `gaps_s` holds the gaps of all of them in a row."""
 
     stage: Ints
+    level: Ints
     copy: Ints
     scheduled_s: Floats
     sent_s: Floats
@@ -85,7 +86,7 @@ class Streams:
     @property
     def failed(self) -> Mask:
         """Which ended in a typed error; a stream cancelled by the driver is neither ok nor failed."""
-        return ~np.isin(self.outcome, ["ok", "cancelled"])
+        return ~np.isin(self.outcome, ["ok", "cancelled", "dropped"])
 
     def within(self, start_s: float, end_s: float) -> Mask:
         """Which were sent and finished inside a window."""
@@ -209,11 +210,18 @@ def _table(run_dir: Path, kind: str, clock: _Clock) -> pa.Table:
     parts = []
     for batch in records.batches(run_dir, kind):
         shift_ns = clock.of_file(batch.schema.metadata)
-        columns = {field.name: batch.column(field.name) for field in schema}
+        columns = {field.name: _column(batch, field) for field in schema}
         if shift_ns:
             columns |= {name: pc.add(column, pa.scalar(shift_ns, pa.int64())) for name, column in columns.items() if name.endswith("_ns")}
         parts.append(pa.RecordBatch.from_arrays(list(columns.values()), schema=schema))
     return pa.Table.from_batches(parts, schema)
+
+
+def _column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
+    """A column of a batch; one that records of an older version do not have is 0 throughout."""
+    if field.name in batch.schema.names:
+        return batch.column(field.name)
+    return pa.array(np.zeros(len(batch)), pa.float64()).cast(field.type)
 
 
 def _zero_ns(events: Sequence[dict[str, Any]], requests: pa.Table) -> int:
@@ -246,6 +254,7 @@ def _streams(table: pa.Table, zero_ns: int) -> Streams:
     columns = _columns(table.drop_columns(["gaps_us", "outcome"]), zero_ns)
     return Streams(
         stage=np.asarray(columns["stage"], dtype=np.int64),
+        level=np.nan_to_num(np.asarray(columns["level"], dtype=np.float64)).astype(np.int64),
         copy=np.asarray(columns["copy"], dtype=np.int64),
         scheduled_s=columns["scheduled_s"],
         sent_s=columns["sent_s"],
@@ -271,9 +280,14 @@ def _lags(table: pa.Table, zero_ns: int) -> Lags:
 
 @dataclass(frozen=True)
 class Span:
-    """When a stage began, stopped asking, was drained and settled, over all driver processes; and when the next one began."""
+    """When a level of a stage began, stopped asking, was drained and settled, over all driver processes; and when the next one began.
+
+    `level` counts the loads that a search tried and `load` is what was asked then; elsewhere they are 0 and None.
+    """
 
     index: int
+    level: int
+    load: float | None
     start_s: float
     stop_s: float | None
     drained_s: float | None
@@ -287,39 +301,64 @@ class Span:
 
 
 def spans(events: Sequence[dict[str, Any]]) -> list[Span]:
-    """The stages that began, in order of time.
+    """The levels of the stages that began, in order of time.
 
-    Earliest start and earliest stop, latest drain: a stage is steady only while every process keeps asking. A process that
-    began a stage and did not drain it was killed, and its stage with it.
+    Earliest start and earliest stop, latest drain: a level is steady only while every process keeps asking. A process that
+    began a level and did not drain it was killed, and its level with it.
     """
-
-    def times(name: str, index: int) -> list[float]:
-        return [event["t_s"] for event in events if event["event"] == name and event.get("stage") == index]
-
-    def processes(name: str, index: int) -> set[Any]:
-        return {event.get("process") for event in events if event["event"] == name and event.get("stage") == index}
-
-    def whole(index: int) -> bool:
-        return processes("stage_start", index) <= processes("stage_drained", index)
-
-    begun = sorted({int(event["stage"]) for event in events if event["event"] == "stage_start"})
-    found = [
-        Span(
-            index=index,
-            start_s=min(times("stage_start", index)),
-            stop_s=min(times("stage_stop_asking", index), default=None),
-            drained_s=max(times("stage_drained", index), default=None) if whole(index) else None,
-            settled_s=max(times("stage_settled", index), default=None),
-            next_s=np.inf,
-        )
-        for index in begun
-    ]
+    marks: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
+    for event in events:
+        if event["event"].startswith("stage_"):
+            place = int(event["stage"]), int(event.get("level") or 0)
+            marks.setdefault(place, {}).setdefault(event["event"], []).append(event)
+    found = [_span(place, mark) for place, mark in marks.items() if "stage_start" in mark]
     found.sort(key=lambda span: span.start_s)
     following = [*(span.start_s for span in found[1:]), np.inf][: len(found)]
     return [replace(span, next_s=next_s) for span, next_s in zip(found, following, strict=True)]
 
 
-def find_window(asked: ClosedStage, span: Span, streams: Streams, last_s: float) -> summary.Window | Reason:
+def _span(place: tuple[int, int], marks: dict[str, list[dict[str, Any]]]) -> Span:
+    def times(name: str) -> list[float]:
+        return [event["t_s"] for event in marks.get(name, [])]
+
+    begun, drained = ({event.get("process") for event in marks.get(name, [])} for name in ("stage_start", "stage_drained"))
+    load = marks["stage_start"][0].get("load")
+    return Span(
+        index=place[0],
+        level=place[1],
+        load=None if load is None else float(load),
+        start_s=min(times("stage_start")),
+        stop_s=min(times("stage_stop_asking"), default=None),
+        drained_s=max(times("stage_drained"), default=None) if begun <= drained else None,
+        settled_s=max(times("stage_settled"), default=None),
+        next_s=np.inf,
+    )
+
+
+def played(spec: Spec, span: Span) -> PlainStage:
+    """The plain stage that was played: the spec's, or the one that a search made of its load."""
+    asked = spec.stages[span.index]
+    if isinstance(asked, SearchStage):
+        return asked.at(asked.start if span.load is None else span.load)
+    return asked
+
+
+def find_window(asked: PlainStage, span: Span, streams: Streams, last_s: float) -> summary.Window | Reason:
+    """The part of a stage that counts, or the reason why there is none."""
+    return _closed_window(asked, span, streams, last_s) if isinstance(asked, ClosedStage) else _timed_window(asked, span, last_s)
+
+
+def _timed_window(asked: PlainStage, span: Span, last_s: float) -> summary.Window | Reason:
+    """An open-loop stage counts from the end of its warm-up until it stops asking."""
+    start_s, end_s = span.start_s + asked.warmup_s, last_s if span.stop_s is None else span.stop_s
+    if end_s <= start_s:
+        late = f"the window would begin at {start_s:.1f} s, but the stage stopped asking at {end_s:.1f} s"
+        return Reason(code="no-steady-state", sentence=f"The stage was too short: {late}. Give it a longer duration_s.")
+    end = "the stage stopped asking" if span.stop_s is not None else "the last record (the stage was cut off)"
+    return summary.Window(start_s=start_s, end_s=end_s, duration_s=end_s - start_s, rule=f"from the end of the warm-up until {end}")
+
+
+def _closed_window(asked: ClosedStage, span: Span, streams: Streams, last_s: float) -> summary.Window | Reason:
     """The part of a closed-loop stage that counts, or the reason why there is none.
 
     It begins when the warm-up is over and every copy has its first token; it ends when the first copy stops asking.
@@ -762,10 +801,6 @@ def _judged(streams: Streams, window: summary.Window, slo: Slo) -> tuple[float |
 INTERRUPTED = Reason(code="interrupted", sentence="The stage was cut off: streams in flight then are missing from the records.")
 
 
-def _title(asked: ClosedStage) -> str:
-    return f"closed, {asked.copies} {'copy' if asked.copies == 1 else 'copies'}"
-
-
 def _end_s(span: Span, recording: Recording) -> float:
     """When the stage was over: drained, else the last record before the next stage."""
     return span.drained_s if span.drained_s is not None else max(span.start_s, min(span.next_s, recording.end_s))
@@ -773,8 +808,8 @@ def _end_s(span: Span, recording: Recording) -> float:
 
 def stage(spec: Spec, recording: Recording, span: Span, shares_host: bool = False) -> summary.Stage:
     """One stage as measured, without its cost."""
-    asked = spec.stages[span.index]
-    streams = recording.streams.where(recording.streams.stage == span.index)
+    asked = played(spec, span)
+    streams = recording.streams.where((recording.streams.stage == span.index) & (recording.streams.level == span.level))
     window = find_window(asked, span, streams, _end_s(span, recording))
     if isinstance(window, summary.Window):
         return _measured(spec, recording, span, streams, window, shares_host=shares_host)
@@ -784,7 +819,7 @@ def stage(spec: Spec, recording: Recording, span: Span, shares_host: bool = Fals
         **_identity(span, asked, recording),
         verdict=_verdict(voids, [], []),
         window=None,
-        copies=_copies(asked.copies),
+        copies=_copies(_copies_asked(asked)),
         throughput=None,
         latency=None,
         ttft_values_s=[],
@@ -795,12 +830,21 @@ def stage(spec: Spec, recording: Recording, span: Span, shares_host: bool = Fals
     )
 
 
-def _identity(span: Span, asked: ClosedStage, recording: Recording) -> dict[str, Any]:
-    title = f"closed, {asked.copies} {'copy' if asked.copies == 1 else 'copies'}"
-    return {"index": span.index, "title": title, "start_s": span.start_s, "end_s": _end_s(span, recording)}
+def _identity(span: Span, asked: PlainStage, recording: Recording) -> dict[str, Any]:
+    return {"index": span.index, "title": _title(asked), "start_s": span.start_s, "end_s": _end_s(span, recording)}
 
 
-def _copies(asked: int, **known: Any) -> summary.Copies:
+def _title(asked: PlainStage) -> str:
+    if isinstance(asked, ClosedStage):
+        return f"closed, {asked.copies} {'copy' if asked.copies == 1 else 'copies'}"
+    return asked.arrival
+
+
+def _copies_asked(asked: PlainStage) -> int | None:
+    return asked.copies if isinstance(asked, ClosedStage) else None
+
+
+def _copies(asked: int | None, **known: Any) -> summary.Copies:
     unknown: dict[str, Any] = {"n_run_client": None, "n_run_server": None, "slo_held": None, "slo_attainment": None, "n_human": {}}
     return summary.Copies(asked=asked, **(unknown | known))
 
@@ -809,7 +853,7 @@ def _measured(
     spec: Spec, recording: Recording, span: Span, streams: Streams, window: summary.Window, *, shares_host: bool
 ) -> summary.Stage:
     """A stage that has a window."""
-    asked, server, lags = spec.stages[span.index], recording.server, recording.lags
+    asked, server, lags = played(spec, span), recording.server, recording.lags
     inside = streams.where(streams.ok & streams.within(window.start_s, window.end_s))
     in_flight = mean_in_flight(streams, window.start_s, window.end_s)
     times_s, weights = _tokens_in(streams, window)
@@ -832,7 +876,7 @@ def _measured(
         verdict=_verdict(voids, withheld, notes),
         window=window,
         copies=_copies(
-            asked.copies,
+            _copies_asked(asked),
             n_run_client=in_flight,
             n_run_server=gauge_mean(server, ["num_requests_running"], window.start_s, window.end_s),
             slo_held=None if voids and held else held,
@@ -863,8 +907,8 @@ def _tokens_in(streams: Streams, window: summary.Window) -> tuple[Floats, Floats
 
 def _void_reasons(spec: Spec, span: Span, streams: Streams, window: summary.Window, tokens: Check) -> list[Reason]:
     """What leaves a measured stage without a headline, but for its steadiness. A stage cut off has too few rows to blame more."""
-    asked = spec.stages[span.index].copies
-    reasons = [INTERRUPTED] if span.cut_off else _copies_reasons(streams, window, asked)
+    asked = _copies_asked(played(spec, span))
+    reasons = [INTERRUPTED] if span.cut_off else [] if asked is None else _copies_reasons(streams, window, asked)
     reasons += _error_reasons(streams, window.start_s, window.end_s, spec.slo)
     if tokens.outcome == "failed":
         reasons.append(Reason(code="counters-disagree", sentence=tokens.sentence))

@@ -175,7 +175,7 @@ def _stage(stage: Stage, pages: int) -> dict[str, Any]:
         "notes": stage.verdict.notes,
         "latency": report.latency_row(stage),
         "cells": [
-            (f"{copies.asked:,}", ""),
+            (report.counted(copies.asked), ""),
             (number(copies.n_run_client), f"{number(copies.n_run_server)} servers"),
             total,
             (number(through.output_tokens_per_s_per_copy) if through else DASH, ""),

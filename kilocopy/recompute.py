@@ -98,9 +98,9 @@ def _status(
 
 def _headline(spec: Spec, stages: Sequence[Stage], interrupted: str) -> Headline:
     """The answer: the largest N that held the SLO, and the stage that made the most tokens."""
-    holding = [stage for stage in stages if stage.verdict.level == "valid" and stage.copies.slo_held]
+    holding = [stage for stage in stages if stage.verdict.level == "valid" and stage.copies.slo_held and stage.copies.asked]
     counted = [stage for stage in stages if stage.verdict.level != "void" and stage.throughput is not None]
-    n_slo = max(holding, key=lambda stage: stage.copies.asked, default=None)
+    n_slo = max(holding, key=_asked, default=None)
     best = max(counted, key=_tokens_per_s, default=None)
     shown = n_slo or best
     sentence = _answer(shown, spec) if shown else _no_answer(stages)
@@ -111,6 +111,10 @@ def _headline(spec: Spec, stages: Sequence[Stage], interrupted: str) -> Headline
         best_stage=best.index if best else None,
         sentence=f"{sentence} {interrupted}".strip(),
     )
+
+
+def _asked(stage: Stage) -> int:
+    return stage.copies.asked or 0
 
 
 def _tokens_per_s(stage: Stage) -> float:
@@ -125,9 +129,9 @@ def _n_slo_sentence(slo: Slo, held: Stage | None, stages: Sequence[Stage]) -> st
     """What N_SLO is, or why there is none; where a smaller load missed the SLO, it says so."""
     if held is None:
         return f"No stage held the SLO: {_slo(slo)}. {_closest(stages)}".strip()
-    missed = [s for s in stages if s.verdict.level == "valid" and s.copies.slo_held is False and s.copies.asked < held.copies.asked]
-    aside = f" A smaller load, {min(s.copies.asked for s in missed)}, missed it." if missed else ""
-    larger = [s for s in stages if s.copies.asked > held.copies.asked and s.verdict.level == "valid" and s.copies.slo_held is False]
+    missed = [s for s in stages if s.verdict.level == "valid" and s.copies.slo_held is False and _asked(s) < _asked(held)]
+    aside = f" A smaller load, {min(_asked(s) for s in missed)}, missed it." if missed else ""
+    larger = [s for s in stages if _asked(s) > _asked(held) and s.verdict.level == "valid" and s.copies.slo_held is False]
     bound = "" if larger else " No larger load was shown to miss it, so the true N may be larger."
     copies = "copy" if held.copies.asked == 1 else "copies at once"
     attained = f"{100 * (held.copies.slo_attainment or 0):.1f} % did"
@@ -149,7 +153,8 @@ def _answer(stage: Stage, spec: Spec) -> str:
     """One sentence a person can repeat."""
     throughput, priced = stage.throughput, stage.cost
     assert throughput is not None  # noqa: S101  # only stages with a window are shown
-    copies = "1 copy" if stage.copies.asked == 1 else f"{stage.copies.asked:,} copies"
+    count = round(stage.copies.n_run_client or 0) if stage.copies.asked is None else stage.copies.asked
+    copies = "1 copy" if count == 1 else f"{count:,} copies"
     parts = [f"{copies} of {spec.model.id} ran at once on this hardware: {throughput.output_tokens_per_s.value:,.0f} tokens/s"]
     if throughput.pages_per_hour is not None:
         parts.append(f"{throughput.pages_per_hour:,.0f} pages of {spec.page.words} words an hour")

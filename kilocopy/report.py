@@ -99,8 +99,10 @@ def counted(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def copies_label(copies: int) -> str:
-    """`1 copy`, `1,024 copies`."""
+def copies_label(copies: int | None) -> str:
+    """`1 copy`, `1,024 copies`; `open loop` where no number was asked for."""
+    if copies is None:
+        return "open loop"
     return f"{copies:,} cop{'y' if copies == 1 else 'ies'}"
 
 
@@ -269,7 +271,7 @@ def _latency_table(summary: Summary) -> Table:
     for stage in summary.stages:
         style = STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None
         badge = BADGES[stage.verdict.level].replace("latency withheld", "withheld")
-        cells = [str(stage.index), f"{stage.copies.asked:,}", badge, *(cell.replace(" / ", "/") for cell in latency_row(stage))]
+        cells = [str(stage.index), counted(stage.copies.asked), badge, *(cell.replace(" / ", "/") for cell in latency_row(stage))]
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
 
@@ -279,7 +281,7 @@ def _row(stage: Stage, pages: int) -> list[str]:
     copies, through, cost = stage.copies, stage.throughput, stage.cost
     return [
         str(stage.index),
-        f"{copies.asked:,}",
+        counted(copies.asked),
         f"{number(copies.n_run_client)}/{number(copies.n_run_server)}",
         BADGES[stage.verdict.level].replace("latency withheld", "withheld"),
         number(through.output_tokens_per_s.value) if through else DASH,

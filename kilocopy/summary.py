@@ -75,7 +75,7 @@ class Check(Frozen):
 class Copies(Frozen):
     """Copies, in the ways that are never mixed."""
 
-    asked: int
+    asked: int | None  # null in open loop, where a rate is asked
     n_run_client: float | None  # time-mean of requests in flight at the driver, in the window
     n_run_server: float | None  # time-mean of running sequences summed over replicas
     slo_held: bool | None  # null where it cannot be judged: latency withheld, no stream inside the window, or held by a void stage

@@ -517,7 +517,7 @@ def test_tokens_are_conserved(drawn: list[tuple[float, list[int], int]], a: floa
     nan = np.full(count, np.nan)
     tokens = np.array([float(n) for _, _, n in drawn])
     streams = measure.Streams(
-        stage=np.zeros(count, np.int64), copy=np.zeros(count, np.int64), scheduled_s=firsts, sent_s=firsts, first_s=firsts, last_s=nan,
+        stage=np.zeros(count, np.int64), level=np.zeros(count, np.int64), copy=np.zeros(count, np.int64), scheduled_s=firsts, sent_s=firsts, first_s=firsts, last_s=nan,
         finished_s=nan, prompt_tokens=nan, output_tokens=tokens, output_words=nan, chunks=nan, outcome=np.array(["ok"] * count),
         gap_counts=np.array([len(gaps) for _, gaps, _ in drawn]),
         gaps_s=np.array([gap for _, gaps, _ in drawn for gap in gaps], dtype=np.float64) / 1e6,
