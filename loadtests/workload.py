@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -36,6 +36,7 @@ class Workload:
     def __init__(self, spec: Spec) -> None:
         self._spec, self._seed = spec, spec.workload.seed
         self.path = PATHS[spec.workload.endpoint]
+        self.turns = 1
         self._prompt = prompts(spec)
         sampling = spec.workload.sampling
         self._fixed: dict[str, Any] = {
@@ -49,13 +50,15 @@ class Workload:
         if spec.workload.ignore_eos:
             self._fixed["ignore_eos"] = True
 
-    def body(self, stage: int, copy: int, sequence: int) -> bytes:
+    def body(
+        self, stage: int, level: int, copy: int, sequence: int, *, shape: schedule.Shape | None = None, history: Sequence[str] = ()
+    ) -> bytes:
         """The JSON of one request: the same for the same spec and numbers, in whichever process."""
-        prompt = self._prompt(schedule.prompt_index(self._spec, stage, copy, sequence))
+        prompt = self._prompt(schedule.prompt_index(self._spec, stage, level, copy, sequence))
         asked: dict[str, Any] = {"prompt": prompt}
         if self._spec.workload.endpoint == "chat":
             asked = {"messages": [{"role": "user", "content": prompt}]}
-        seed = schedule.request_seed(self._seed, stage, copy, sequence)
+        seed = schedule.request_seed(self._seed, stage, level, copy, sequence)
         return json.dumps({**self._fixed, **asked, "seed": seed}).encode()
 
 
