@@ -23,6 +23,8 @@ app = typer.Typer(
     help=__doc__.split("\n")[0] if __doc__ else None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
+INTERRUPTED = 130
+
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML); `kilocopy init` writes one.")]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
 Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
@@ -168,7 +170,7 @@ def _finish(summary: Path, as_json: bool, *, redone: bool = False) -> None:
     text = summary.read_text(encoding="utf-8")
     typer.echo(text if as_json else summary, nl=not as_json)
     if json.loads(text)["status"] == "interrupted" and not redone:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
 
 
 def main() -> None:
@@ -177,6 +179,10 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            typer.echo("kilocopy: interrupted", err=True)
+        raise
     except ProblemError as problem:
         typer.echo(f"kilocopy: {problem}", err=True)
         sys.exit(problem.code)
@@ -187,4 +193,4 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("kilocopy: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
