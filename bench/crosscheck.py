@@ -1,0 +1,155 @@
+"""The same workload on the same replicas, driven by kilocopy and by `vllm bench serve` in turn: do two clients see the same server?
+
+    kilocopy serve loadtests/specs/demo.yaml
+    python -m bench.crosscheck loadtests/specs/demo.yaml --copies 8 --repeats 3
+
+Both send the same prompts (cut by kilocopy's workload, handed to vllm as a data set), the same lengths, as many streams at once, and
+both are counted in the same way: tokens that arrived between the moment when every stream had its first token and the moment when
+the first stream stopped asking. vllm's own printed figure (all tokens over all time, ramp and tail included) stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from kilocopy import manifest, run, serving
+from kilocopy.problem import ProblemError
+from kilocopy.recompute import summarise
+from kilocopy.spec import Spec, load
+
+Figures = dict[str, float]
+VLLM = "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
+
+
+def with_stage(spec: Spec, copies: int, seconds: float) -> Spec:
+    """The spec with one closed stage."""
+    tree = spec.model_dump(mode="json")
+    tree["stages"] = [{"arrival": "closed", "copies": copies, "duration_s": seconds, "warmup_s": 2, "ramp_s": 2}]
+    return Spec.model_validate(tree)
+
+
+def by_kilocopy(spec: Spec, url: str, targets: list[str], runs: Path) -> Figures:
+    """One stage by kilocopy's driver, as its report counts it."""
+    run_dir = run.drive(spec, runs, url, targets=targets, web=False, shares_host=manifest.is_this_host(url))
+    stage = summarise(run_dir).stages[0]
+    if stage.throughput is None or stage.latency is None or stage.latency.ttft_s is None or stage.latency.tpot_s is None:
+        reasons = "; ".join(reason.sentence for reason in stage.verdict.reasons)
+        raise ProblemError(f"{run_dir}: kilocopy's own stage has no latency to compare: {reasons}")
+    return {
+        "tokens_per_s": stage.throughput.output_tokens_per_s.value,
+        "ttft_p50_s": stage.latency.ttft_s.p50,
+        "ttft_p99_s": stage.latency.ttft_s.p99,
+        "tpot_p50_s": stage.latency.tpot_s.p50,
+        "requests_per_s": stage.throughput.requests_per_s,
+    }
+
+
+def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) -> Figures:
+    """As many requests by `vllm bench serve`: its own throughput, and the same window as kilocopy's from its detailed result."""
+    copies = spec.stages[0].copies  # type: ignore[union-attr]  # with_stage made it closed
+    result = folder / "vllm.json"
+    options = {
+        "--backend": "openai", "--base-url": url, "--endpoint": "/v1/completions", "--model": spec.model.id,
+        "--tokenizer": spec.model.source, "--dataset-name": "custom", "--dataset-path": prompts,
+        "--custom-output-len": spec.workload.output_tokens, "--max-concurrency": copies, "--num-prompts": requests,
+        "--temperature": spec.workload.sampling.temperature, "--result-dir": folder, "--result-filename": result.name,
+        "--percentile-metrics": "ttft,tpot,itl,e2el",
+    }  # fmt: skip
+    flags = ["--ignore-eos", "--skip-chat-template", "--save-result", "--save-detailed", "--disable-tqdm", "--disable-shuffle"]
+    command = [sys.executable, "-c", VLLM, *(str(part) for pair in options.items() for part in pair), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
+    return figures_of(json.loads(result.read_text(encoding="utf-8")), copies)
+
+
+def figures_of(result: dict[str, Any], copies: int) -> Figures:
+    """vllm's detailed result in kilocopy's terms. `start_times`, `ttfts` and `itls` are seconds, one entry or list per request."""
+    starts, ttfts = np.array(result["start_times"]), np.array(result["ttfts"])
+    arrivals, ends = [], []
+    for start, ttft, gaps in zip(starts, ttfts, result["itls"], strict=True):
+        times = start + ttft + np.concatenate([[0.0], np.cumsum(gaps)])
+        arrivals.append(times)
+        ends.append(times[-1])
+    order = np.argsort(starts)
+    begin_s = float(max((starts + ttfts)[order[:copies]]))  # the first wave is the first `copies` requests
+    stop_s = float(np.sort(starts)[-1])  # the last request was sent: from here on fewer are open
+    times_s = np.concatenate(arrivals)
+    inside = (times_s >= begin_s) & (times_s < stop_s)
+    kept = (starts >= begin_s) & (np.array(ends) <= stop_s)
+    lengths = np.array([len(times) for times in arrivals])
+    spans: npt.NDArray[np.float64] = np.array(ends) - (starts + ttfts)
+    return {
+        "tokens_per_s": float(inside.sum()) / (stop_s - begin_s),
+        "ttft_p50_s": float(np.percentile(ttfts[kept], 50)),
+        "ttft_p99_s": float(np.percentile(ttfts[kept], 99)),
+        "tpot_p50_s": float(np.percentile(spans[kept] / np.maximum(lengths[kept] - 1, 1), 50)),
+        "requests_per_s": float(kept.sum()) / (stop_s - begin_s),
+        "printed_tokens_per_s": float(result["output_throughput"]),
+        "printed_ttft_p50_s": float(result["median_ttft_ms"]) / 1e3,
+    }
+
+
+def write_prompts(spec: Spec, path: Path, count: int) -> None:
+    """The prompts that kilocopy would send, as vllm's custom data set. In a process of its own: loadtests imports gevent."""
+    code = (
+        "import json, sys; from kilocopy.spec import Spec; from loadtests.workload import Workload; "
+        "work = Workload(Spec.model_validate_json(sys.stdin.read())); "
+        f"print(*(json.dumps({{'prompt': json.loads(work.body(0, 0, 0, n))['prompt']}}) for n in range(1_000_000, 1_000_000 + {count})), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=spec.model_dump_json(), capture_output=True, text=True, check=True)
+    path.write_text(done.stdout, encoding="utf-8")
+
+
+def show(ours: Sequence[Figures], theirs: Sequence[Figures]) -> None:
+    """A row a figure: the median of each client, its range, and the ratio."""
+    table = Table("figure", "kilocopy", "range", "vllm bench serve", "range", "kilocopy / vllm")
+    for name in theirs[0]:
+        mine, other = [run_[name.removeprefix("printed_")] for run_ in ours], [run_[name] for run_ in theirs]
+        unit = 1e3 if name.endswith("_s") and "per_s" not in name else 1
+        label = name.removesuffix("_s") + "_ms" if unit > 1 else name
+        cells = [f"{median(part) * unit:,.1f}" for part in (mine, other)]
+        ranges = [f"{min(part) * unit:,.1f} .. {max(part) * unit:,.1f}" for part in (mine, other)]
+        table.add_row(label, cells[0], ranges[0], cells[1], ranges[1], f"{median(mine) / median(other):.3f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Alternate the two clients and print what each saw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    asked = parser.parse_args()
+    state = serving.status()
+    if not state or not state["alive"]:
+        raise SystemExit("nothing is being served here; `kilocopy serve SPEC` first")
+    spec = with_stage(load(asked.spec), asked.copies, asked.seconds)
+    ours: list[Figures] = []
+    theirs: list[Figures] = []
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        for _ in range(asked.repeats):
+            ours.append(by_kilocopy(spec, state["url"], state["metrics"], asked.runs))
+            requests = max(2 * asked.copies, round(ours[-1]["requests_per_s"] * asked.seconds))
+            write_prompts(spec, prompts, requests)
+            theirs.append(by_vllm(spec, state["url"], prompts, Path(folder), requests))
+    show(ours, theirs)
+    print(json.dumps({"copies": asked.copies, "seconds": asked.seconds, "kilocopy": ours, "vllm": theirs}))
+
+
+if __name__ == "__main__":
+    main()
