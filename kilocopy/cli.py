@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, doctor, manifest, run, serving, starting
+from kilocopy import __version__, doctor, faults, manifest, run, serving, starting
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
@@ -150,6 +150,20 @@ def drive(
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
     _finish(run.report(run_dir, quiet=as_json), as_json, redone=True)
+
+
+@app.command("faults")
+def faults_command(
+    mode: Annotated[str, typer.Argument(metavar="MODE", help="How to answer: " + ", ".join(faults.modes()) + ".")] = "ok",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on loopback; 0 takes a free one.")] = 0,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a good answer.")] = 100,
+    ttft_s: Annotated[float, typer.Option("--ttft-s", min=0, help="Time to the first token, s.")] = 0.05,
+    itl_s: Annotated[float, typer.Option("--itl-s", min=0, help="Time between tokens, s.")] = 0.02,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer as /v1/chat/completions does.")] = False,
+    pem: Annotated[Path | None, typer.Option("--pem", help="TLS, with the key and the certificate in this file.")] = None,
+) -> None:
+    """Serve answers that misbehave in one named way, to see what a driver makes of them. Ctrl-C ends it."""
+    faults.serve(mode, port=port, tokens=tokens, ttft_s=ttft_s, itl_s=itl_s, chat=chat, pem=pem)
 
 
 @app.command("doctor")

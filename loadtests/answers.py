@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 TEXT_KEYS = ("content", "reasoning_content", "reasoning")  # where a chat delta carries generated text
 DONE = b"[DONE]"
+TOKENS_MAX = 2**31 - 1  # what a column of records.REQUESTS holds
 QUOTE, BACKSLASH = 0x22, 0x5C
 _LITERALS = (b'"text":', b'"content":')
 _BOM = b"\xef\xbb\xbf"
@@ -64,12 +65,18 @@ def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int]) -> Answer:
     carriers: list[int] = []
     reader = _PayloadReader(answer)
     for event, payload in enumerate(payloads):
+        if answer.done:
+            answer.problem = "the stream goes on after [DONE]"
+            break
         text = reader.read(payload)
         if text:
             texts.append(text)
             carriers.append(event)
-        elif answer.done or answer.problem:
+        elif answer.problem:
             break
+    if answer.problem is None and answer.output_tokens is not None and answer.output_tokens < len(carriers):
+        # A chunk can hold several tokens, but no token fills several chunks.
+        answer.problem = f"usage counts {answer.output_tokens} output tokens, but {len(carriers)} chunks carried text"
     answer.text = "".join(texts)
     answer.times_ns = np.array(stamps_ns, dtype=np.int64)[piece_of[carriers]]
     return answer
@@ -145,7 +152,7 @@ class _PayloadReader:
         try:
             event = json.loads(payload)
             text, ordinary = _understand(event, self._answer)
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
             self._answer.problem = "an event of the stream is not the JSON that was expected"
             return ""
         if ordinary and text:
@@ -182,19 +189,32 @@ def _understand(event: dict[str, Any], answer: Answer) -> tuple[str, bool]:
     if event.get("error") or event.get("object") == "error":
         error = event.get("error", event)
         message = error.get("message") if isinstance(error, dict) else error
-        answer.problem = f"the server reported an error inside the stream: {message}"
+        answer.problem = f"the server reported an error inside the stream: {_plain(message)}"
         return "", False
     usage = event.get("usage")
     if usage:
-        answer.prompt_tokens, answer.output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        answer.prompt_tokens, answer.output_tokens = _count(usage["prompt_tokens"]), _count(usage["completion_tokens"])
     text, finish = "", None
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or {}
         text += choice.get("text") or "".join(delta.get(key) or "" for key in TEXT_KEYS)
         finish = choice.get("finish_reason")
         if finish:
-            answer.finish_reason = str(finish)
+            answer.finish_reason = _plain(finish)
     return text, not usage and not finish
+
+
+def _count(value: Any) -> int:
+    """A number of tokens. Raises ValueError for what cannot be one."""
+    count = int(value)
+    if not 0 <= count <= TOKENS_MAX:
+        raise ValueError(value)
+    return count
+
+
+def _plain(value: Any) -> str:
+    """What a server wrote, fit for a record: short, and without the half characters that JSON can escape and UTF-8 cannot hold."""
+    return str(value)[:1000].encode("utf-8", "replace").decode()
 
 
 def judge(status: int | None, content_type: bytes, pieces: Sequence[bytes], answer: Answer) -> tuple[str, str | None]:
@@ -228,5 +248,5 @@ def _excerpt(pieces: Sequence[bytes]) -> str:
         text = str(value.get("message") or value) if isinstance(value, dict) else str(value)
     except (ValueError, AttributeError):
         pass
-    text = " ".join(text.split())
+    text = " ".join(_plain(text).split())
     return text[:200] or "no text"

@@ -18,6 +18,8 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +33,8 @@ from kilocopy.spec import Timeouts
 
 READ_BYTES = 65536
 STREAM_BYTES_MAX = 16 * 2**20  # more than any answer; a server that sends this without end must not eat the driver's memory
+HEAD_BYTES_MAX = 65536  # of everything before the answer's own body: status line, headers, 1xx answers
+RETRY_AFTER_MAX_S = 60.0  # a server that asks for more has left; the copy looks again after a minute
 SWEEP_S = 0.1  # how often silences are looked for: timeouts are late by this at most
 TEXT_SOUGHT_BYTES_MAX = 65536  # how far to look for the first text, to know which timeout applies
 
@@ -79,6 +83,9 @@ class Stream:
         self.status: int | None = None
         self.content_type = b""
         self.framed = False  # the length or the chunks say where the body ends; else the connection's end does
+        self.coding = b""  # what else was done to the body; we ask for nothing of the kind
+        self.location = b""
+        self.retry_after_s: float | None = None  # what Retry-After asks for, at most RETRY_AFTER_MAX_S
         self.replica: str | None = None
         self.pieces: list[bytes] = []
         self.stamps_ns = array("Q")
@@ -96,21 +103,57 @@ class Stream:
         self.on_body: Callable[[bytes], None] = self.pieces.append
         self.parser = httptools.HttpResponseParser(self)
 
+    def on_message_begin(self) -> None:
+        if self.whole:
+            raise ValueError("bytes after the end of the answer")
+        self.content_type, self.framed, self.coding, self.location = b"", False, b"", b""  # what a 1xx answer said is not the answer's
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.status is not None:
+            return  # a trailer
         name = name.lower()
         if name == b"content-type":
             self.content_type = value
-        elif name in {b"transfer-encoding", b"content-length"}:
+        elif name == b"content-length":
             self.framed = True
+        elif name == b"transfer-encoding":
+            self.framed = True
+            self.coding = self.coding or (b"" if value.strip().lower() == b"chunked" else value)
+        elif name == b"content-encoding":
+            self.coding = self.coding or (b"" if value.strip().lower() == b"identity" else value)
+        elif name == b"location":
+            self.location = value
+        elif name == b"retry-after":
+            self.retry_after_s = retry_after_s(value.decode("latin-1"))
         elif name in {b"x-replica", b"x-replica-id", b"x-serve-replica"}:
-            self.replica = value.decode("latin-1")
+            self.replica = _printable(value)
 
     def on_headers_complete(self) -> None:
-        self.status = self.parser.get_status_code()
+        status = self.parser.get_status_code()
+        if status >= 200 or status == 101:  # every other 1xx answer only comes before the true one
+            self.status = status
 
     def on_message_complete(self) -> None:
-        if self.status is not None and self.status >= 200:  # a 1xx answer only comes before the true one
+        if self.status is not None:
             self.whole, self.keeps = True, self.parser.should_keep_alive()
+
+    @property
+    def refusal(self) -> str | None:
+        """Why an answer that HTTP delivered is no answer to us: it is coded, or it sends us elsewhere. A sentence, or None."""
+        if self.status is None:
+            return None
+        if self.coding and self.status < 300:
+            return f"the answer is coded as {_printable(self.coding)}, although plain bytes were asked for (Accept-Encoding: identity)"
+        if self.location and 300 <= self.status < 400:
+            return f"HTTP {self.status}: the server redirects to {_address(self.location)}; give that address instead"
+        return None
+
+    @property
+    def too_long(self) -> str:
+        """The sentence for an answer that is over its limit."""
+        if self.status is None:
+            return f"the answer's headers are longer than {HEAD_BYTES_MAX >> 10} KiB"
+        return f"the answer is longer than {STREAM_BYTES_MAX >> 20} MiB"
 
     def forget(self) -> None:
         """Be as new; for a request that is sent again since nothing came back."""
@@ -145,6 +188,8 @@ class Connection:
             if self._decrypt and data:
                 data = self._decrypt(data)
                 if not data:
+                    if self._tls is not None and self._tls.over:
+                        self._lost(now_ns, "the server ended the TLS connection")
                     return 0
         except BlockingIOError:
             return 0
@@ -155,19 +200,27 @@ class Connection:
         if stream is None or not data:  # the server hung up, or talks without being asked
             self._lost(now_ns, "the server closed the connection")
             return 0
+        problem = None
         try:
             stream.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self.fail(now_ns, "bad_stream", f"the answer is not HTTP: {error}")
-            return 0
+            problem = f"the answer is not HTTP: {error}"
+        except httptools.HttpParserUpgrade:
+            problem = "the server wants to speak another protocol than HTTP (101)"
         stamps_ns, pieces = stream.stamps_ns, stream.pieces
         while len(stamps_ns) < len(pieces):
             stamps_ns.append(now_ns)
         stream.bytes += len(data)
-        if stream.whole:
+        if stream.whole and stream.status != 101:
+            # A problem after the end is bytes that nobody asked for: the answer stands, the connection cannot be trusted again.
+            stream.keeps = stream.keeps and problem is None
             self._finish(now_ns)
-        elif stream.bytes > STREAM_BYTES_MAX:
-            self.fail(now_ns, "bad_stream", f"the answer is longer than {STREAM_BYTES_MAX >> 20} MiB")
+        elif problem is not None:
+            self.fail(now_ns, "bad_stream", problem)
+        elif stream.coding and stream.refusal:
+            self.fail(now_ns, "bad_stream", stream.refusal)
+        elif stream.bytes > (HEAD_BYTES_MAX if stream.status is None else STREAM_BYTES_MAX):
+            self.fail(now_ns, "bad_stream", stream.too_long)
         return data.count(b"data: {")
 
     def send(self, data: bytes, deadline_ns: int) -> None:
@@ -183,10 +236,14 @@ class Connection:
         stream, self.stream = self.stream, None
         assert stream is not None  # noqa: S101
         self.served += 1
-        if not stream.keeps:
+        if not stream.keeps or stream.coding:
             self.close()
         self._reader.open_streams.discard(stream)
-        stream.end(now_ns)
+        refusal = stream.refusal
+        if stream.coding:  # bytes that cannot be read say nothing
+            stream.pieces.clear()
+            del stream.stamps_ns[:]
+        stream.end(now_ns, "bad_stream" if refusal else None, refusal)
 
     def _lost(self, now_ns: int, why: str) -> None:
         stream = self.stream
@@ -209,6 +266,18 @@ class Connection:
             self._reader.open_streams.discard(stream)
             stream.end(now_ns, outcome, error)
 
+    def is_quiet(self) -> bool:
+        """Whether an idle connection is still open and nothing lies in it. Bytes in it would be taken for the next answer."""
+        if self.closed:
+            return False
+        try:
+            self.sock.recv(1, _socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def close(self) -> None:
         """Take the socket out of the loop and close it."""
         if not self.closed:
@@ -223,6 +292,7 @@ class _Tls:
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self.over = False  # the server said that it sends nothing more (close_notify), whether or not it closes the connection
 
     def handshake(self, sock: socket.socket) -> None:
         """Agree on keys over a cooperative socket. Raises OSError (ssl.SSLError, a time limit)."""
@@ -249,8 +319,11 @@ class _Tls:
         try:
             while part := self._session.read(READ_BYTES):
                 plain.append(part)
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            self.over = True
+        except ssl.SSLWantReadError:
             pass
+        except ssl.SSLZeroReturnError:
+            self.over = True
         return b"".join(plain)
 
 
@@ -276,6 +349,11 @@ class Reader:
         self._connections: dict[int, Connection] = {}
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), 1)
         self._sweeper: Any = None
+
+    @property
+    def connections(self) -> int:
+        """How many sockets are open, in use or kept."""
+        return len(self._connections)
 
     def start(self, timeouts: Timeouts) -> None:
         """Begin to watch sockets, and silences."""
@@ -349,7 +427,8 @@ class Client:
     def __init__(self, reader: Reader, target: Target, timeouts: Timeouts, api_key: str | None = None) -> None:
         self._reader, self._target, self._timeouts = reader, target, timeouts
         self._connection: Connection | None = None
-        headers = [f"Host: {target.authority}", "Content-Type: application/json", "Accept: text/event-stream", "User-Agent: kilocopy"]
+        headers = [f"Host: {target.authority}", "Content-Type: application/json", "Accept: text/event-stream", "Accept-Encoding: identity"]
+        headers.append("User-Agent: kilocopy")
         if api_key:
             headers.append(f"Authorization: Bearer {api_key}")
         self._headers = "\r\n".join(headers)
@@ -362,6 +441,8 @@ class Client:
         head = f"POST {self._target.prefix}{path} HTTP/1.1\r\n{self._headers}\r\nContent-Length: {len(body)}\r\n\r\n"
         request = head.encode() + body
         try:
+            if self._connection is not None and not self._connection.is_quiet():
+                self._connection.close()
             reused = self._connection is not None and not self._connection.closed
             if self._begin(stream, request):
                 stream.ended.wait()
@@ -400,9 +481,9 @@ class Client:
         except TimeoutError:
             self._abandon(stream, "timeout_connect", f"no connection to {self._target.authority} within {self._timeouts.connect_s:g} s")
             return False
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             # An early answer (413, 429) may lie in the socket although the rest of the request was not taken.
-            self._abandon(stream, "refused", f"{self._target.authority}: {error.strerror or error}")
+            self._abandon(stream, "refused", f"{self._target.authority}: {_why(error)}")
             return False
         return True
 
@@ -413,19 +494,63 @@ class Client:
         stream.end(now_ns, outcome, error)
 
     def _connect(self) -> Connection:
-        target, limit_s = self._target, self._timeouts.connect_s
-        sock = socket.create_connection((target.host, target.port), timeout=limit_s)
-        try:
-            sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
-            tls = None
-            if target.tls is not None:
-                tls = _Tls(target.tls, target.host)
-                with gevent.Timeout(limit_s, TimeoutError("TLS handshake")):
-                    tls.handshake(sock)
-        except BaseException:
-            sock.close()
-            raise
+        """A connection, after TLS where the target asks for it. Raises OSError; TimeoutError past the limit, whatever it went on."""
+        limit_s = self._timeouts.connect_s
+        with gevent.Timeout(limit_s) as limit:
+            try:
+                sock = socket.create_connection((self._target.host, self._target.port))
+                try:
+                    sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+                    tls = None
+                    if self._target.tls is not None:
+                        tls = _Tls(self._target.tls, self._target.host)
+                        tls.handshake(sock)
+                except BaseException:
+                    sock.close()
+                    raise
+            except gevent.Timeout as expired:
+                if expired is not limit:
+                    raise
+                raise TimeoutError from None
         # gevent's socket waits on its own watchers; from here on the readiness loop does. The C socket is the bare one.
         bare = _socket.socket(fileno=sock.detach())
         bare.setblocking(False)
         return Connection(self._reader, bare, tls)
+
+
+def retry_after_s(value: str, now: datetime | None = None) -> float | None:
+    """Seconds that a Retry-After header (RFC 9110, 10.2.3: seconds, or a date) asks to wait, 0 to RETRY_AFTER_MAX_S; None if unreadable."""
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        return min(float(value[:9]), RETRY_AFTER_MAX_S)
+    try:
+        date = parsedate_to_datetime(value)
+        wait_s = (date.replace(tzinfo=date.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds()
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return None
+    return min(max(wait_s, 0.0), RETRY_AFTER_MAX_S)
+
+
+def _printable(value: bytes) -> str:
+    """A header's value for people: short, one line, nothing that a terminal or a file chokes on."""
+    return "".join(char for char in value[:200].decode("latin-1") if char.isprintable())
+
+
+def _address(location: bytes) -> str:
+    """Where a redirect leads, without user, password and query, which may be secrets."""
+    text = _printable(location)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return "something that is no address"
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}" if host else parts.path
+
+
+def _why(error: Exception) -> str:
+    """A connection's error in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}; where you trust it, name its issuer's file in SSL_CERT_FILE"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS connection: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    return str(getattr(error, "strerror", None) or error)

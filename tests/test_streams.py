@@ -9,7 +9,10 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import gevent
@@ -18,13 +21,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kilocopy.faults import Server, modes
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Timeouts
 from loadtests import answers
 from loadtests.answers import Answer, decode
 from loadtests.recorder import _outcome
-from loadtests.streams import Client, Reader, Stream, Target
-from tests.faults import Server
+from loadtests.streams import Client, Reader, Stream, Target, retry_after_s
 
 TIMEOUTS = Timeouts(connect_s=1, first_token_s=0.5, stall_s=0.4)
 PATH, BODY = "/v1/completions", json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
@@ -157,6 +160,15 @@ def ask(reader: Reader, url: str, client: Client | None = None, key: str | None 
         ("at_once", "ok", None),
         ("crlf", "ok", None),
         ("until_close", "ok", None),
+        ("bytechunks", "ok", None),
+        ("multi_line", "ok", None),
+        ("trailers", "ok", None),
+        ("early_hints", "ok", None),
+        ("plain", "ok", None),
+        ("closing", "ok", None),
+        ("http_1_0", "ok", None),
+        ("surplus", "ok", None),
+        ("two_answers", "ok", None),
         ("refuse", "refused", "refused"),
         ("close_early", "refused", "before any answer"),
         ("reset", "refused", "before any answer"),
@@ -164,16 +176,39 @@ def ask(reader: Reader, url: str, client: Client | None = None, key: str | None 
         ("stall_first", "timeout_first_token", "within 0.5 s"),
         ("stall_mid", "timeout_stall", "for 0.4 s"),
         ("close_mid", "truncated", "in the middle"),
+        ("slow_headers", "timeout_first_token", "within 0.5 s"),
+        ("reset_mid", "truncated", "in the middle"),
+        ("truncate_chunk", "truncated", "in the middle"),
         ("garbage", "bad_stream", "not HTTP"),
+        ("wrong_chunk", "bad_stream", "not HTTP"),
+        ("switch", "bad_stream", "another protocol"),
+        ("gzip", "bad_stream", "coded as gzip"),
+        ("bad_json", "bad_stream", "not the JSON"),
+        ("http_204", "bad_stream", "nothing"),
+        ("http_304", "bad_stream", "HTTP 304"),
+        ("redirect", "bad_stream", "redirects to http://elsewhere:8000/v1/completions; give that address"),
+        ("endless_headers", "bad_stream", "headers are longer than 64 KiB"),
+        ("endless_header", "bad_stream", "headers are longer than 64 KiB"),
+        ("endless_1xx", "bad_stream", "headers are longer than 64 KiB"),
+        ("endless_chunk_size", "bad_stream", "longer than 16 MiB"),
+        ("endless_trailers", "bad_stream", "longer than 16 MiB"),
         ("half_event", "truncated", "[DONE]"),
         ("wrong_type", "bad_stream", "text/html"),
         ("http_401", "http_4xx", "bad key"),
         ("http_404", "http_4xx", "no such model"),
         ("http_429", "http_429", "slow down"),
+        ("http_429_retry", "http_429", "slow down"),
+        ("http_429_date", "http_429", "slow down"),
         ("http_500", "http_5xx", "oh no"),
+        ("http_503", "http_5xx", "no replica is ready"),
         ("no_usage", "truncated", "without usage"),
         ("no_done", "truncated", "without [DONE]"),
-        ("error_event", "bad_stream", "engine died"),
+        ("no_finish", "truncated", "without finish reason"),
+        ("error_event", "bad_stream", "engine died ?"),
+        ("after_done", "bad_stream", "goes on after [DONE]"),
+        ("usage_fewer", "bad_stream", "counts 7 output tokens, but 8 chunks"),
+        ("usage_absurd", "bad_stream", "not the JSON"),
+        ("usage_infinite", "bad_stream", "not the JSON"),
     ],
 )
 @pytest.mark.timeout(10)
@@ -187,7 +222,73 @@ def test_each_way_to_end_has_its_outcome(reader: Reader, mode: str, outcome: str
         assert (answer.words, answer.output_tokens, stream.status, stream.replica) == (8, 8, 200, "r1")
         assert stream.sent_ns is not None
         assert stream.sent_ns < answer.times_ns[0] <= answer.times_ns[-1] <= stream.finished_ns
+    else:
+        (error or "").encode()  # a record holds it
     assert not reader.open_streams
+
+
+def test_every_mode_has_its_outcome() -> None:
+    """No mode of the fault server that the table above, or a test of its own, leaves out."""
+    here = Path(__file__).read_text()
+    assert [mode for mode in modes() if f'"{mode}"' not in here] == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("mode", "words"), [("big_event", 8), ("usage_more", 8)])
+def test_legal_but_rare(reader: Reader, mode: str, words: int) -> None:
+    with Server(mode) as server:
+        outcome, error, _, answer = ask(reader, server.url)
+    assert (outcome, answer.words, len(answer.times_ns)) == ("ok", words, 8), error
+    assert answer.output_tokens == (24 if mode == "usage_more" else 8)
+    assert len(answer.text) > (2**20 if mode == "big_event" else 0)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("mode", ["surplus", "two_answers", "closing", "http_1_0", "gzip", "switch", "after_done", "http_401", "redirect", "http_204"])
+def test_the_next_answer_is_right_whatever_came_before(reader: Reader, mode: str) -> None:
+    with Server(mode) as server:
+        client = Client(reader, Target.parse(server.url), TIMEOUTS)
+        for _ in range(3):
+            server.mode = mode
+            ask(reader, server.url, client)
+            server.mode = "plain"
+            outcome, error, stream, answer = ask(reader, server.url, client)
+            assert (outcome, answer.words, stream.replica) == ("ok", 8, "r1"), error
+        # Bytes that nobody asked for, or an end: the connection is not trusted again. After an answer that was whole it is kept.
+        assert server.connections == (1 if mode in {"after_done", "http_401", "redirect", "http_204"} else 4)
+
+
+@pytest.mark.timeout(10)
+def test_bytes_that_lie_in_an_idle_connection_are_no_answer(reader: Reader) -> None:
+    """They come between two requests and before the loop has seen them: the next request must go elsewhere."""
+    head = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
+    with Server("ok") as server:
+        client = Client(reader, Target.parse(server.url), TIMEOUTS)
+        assert ask(reader, server.url, client)[0] == "ok"
+        server.clients[0].sendall(head)
+        time.sleep(0.05)  # of the whole thread: the loop does not run
+        assert ask(reader, server.url, client)[0] == "ok"
+        assert server.connections == 2
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(("mode", "low", "high"), [("http_429", None, None), ("http_429_retry", 2, 2), ("http_429_date", 27, 30), ("http_503", 60, 60)])
+def test_retry_after_is_read(reader: Reader, mode: str, low: float | None, high: float | None) -> None:
+    with Server(mode) as server:
+        stream = ask(reader, server.url)[2]
+    assert stream.retry_after_s is low if low is None or high is None else low <= (stream.retry_after_s or 0) <= high
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0), (" 7 ", 7), ("61", 60), ("9" * 5000, 60), ("-1", None), ("1.5", None), ("soon", None), ("", None), ("²", None),
+        ("Mon, 23 Nov 2026 18:00:10 GMT", 10), ("Mon, 23 Nov 2026 17:00:00 GMT", 0), ("Monday, 23-Nov-26 18:00:05 GMT", 5),
+        ("Mon, 99 Nov 2026 18:00:10 GMT", None), ("Mon, 23 Nov 99999999999 18:00:10 GMT", None),
+    ],
+)  # fmt: skip
+def test_retry_after_in_both_forms(value: str, seconds: float | None) -> None:
+    assert retry_after_s(value, datetime(2026, 11, 23, 18, tzinfo=UTC)) == seconds
 
 
 @pytest.mark.timeout(10)
@@ -217,9 +318,10 @@ def test_a_full_backlog_is_a_connect_timeout(reader: Reader) -> None:
 
 
 @pytest.mark.timeout(10)
-def test_an_endless_answer_ends_at_the_limit(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["ok", "endless_body"])
+def test_an_endless_answer_ends_at_the_limit(reader: Reader, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr("loadtests.streams.STREAM_BYTES_MAX", 2000)
-    with Server("ok", tokens=100, itl_s=0) as server:
+    with Server(mode, tokens=100, itl_s=0) as server:
         outcome, error, *_ = ask(reader, server.url)
     assert outcome == "bad_stream"
     assert "longer than" in (error or "")
@@ -242,28 +344,74 @@ def test_the_key_is_sent(reader: Reader) -> None:
     with Server("ok") as server:
         ask(reader, server.url, key="sk-secret")
         assert "Authorization: Bearer sk-secret" in server.heads[0]
+        assert "Accept-Encoding: identity" in server.heads[0]
+
+
+def pem(folder: Path, name: str, *, expired: bool = False) -> Path:
+    """A key and its self-signed certificate in one file."""
+    folder.mkdir()
+    (folder / "ca").write_text(
+        "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\ncopy_extensions=copy\n"
+        "[p]\ncommonName=supplied\n"
+    )
+    (folder / "index").touch()
+    (folder / "serial").write_text("01")
+    dates = ["-startdate", "20200101000000Z", "-enddate", "20200102000000Z"] if expired else ["-days", "2"]
+    asked = ["-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    for arguments in (
+        ["req", "-new", "-keyout", "key", "-out", "request", *asked],
+        ["ca", "-config", "ca", "-batch", "-notext", "-selfsign", "-keyfile", "key", "-in", "request", "-out", "certificate", *dates],
+    ):
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=folder)
+    path = folder / "both"
+    path.write_text((folder / "key").read_text() + (folder / "certificate").read_text())
+    return path
+
+
+def tls_of(path: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
-@pytest.mark.timeout(20)
-def test_tls_streams_read_the_same_and_strangers_are_refused(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2", "-nodes"]
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-keyout", key, "-out", certificate, *names]
-    subprocess.run(make, check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    with Server("ok", tls=context) as server:
-        outcome, error, *_ = ask(reader, server.url)
-        assert (outcome, "certificate" in (error or "").lower()) == ("refused", True)
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+@pytest.mark.timeout(30)
+def test_tls_streams_read_the_same(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pem(tmp_path / "own", "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with Server("ok", tls=tls_of(path)) as server:
         client = Client(reader, Target.parse(server.url), TIMEOUTS)
-        for mode in ("ok", "at_once", "bytewise"):
+        for mode in ("ok", "at_once", "bytewise", "plain", "until_close"):
             server.mode = mode
             outcome, error, _, answer = ask(reader, server.url, client)
             assert (outcome, answer.words) == ("ok", 8), error
-        server.mode = "close_mid"
-        assert ask(reader, server.url, client)[0] == "truncated"
+        for mode, outcome in {"close_mid": "truncated", "gzip": "bad_stream", "stall_mid": "timeout_stall"}.items():
+            server.mode = mode
+            assert ask(reader, server.url, client)[0] == outcome
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+@pytest.mark.timeout(30)
+def test_certificate_errors_are_said(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = pem(tmp_path / "own", "localhost"), pem(tmp_path / "other", "elsewhere")
+    old = pem(tmp_path / "old", "localhost", expired=True)
+    cases = [(own, None, "self-signed"), (other, other, "localhost"), (old, old, "expired")]
+    for served, trusted, said in cases:
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted or tmp_path / "none"))
+        with Server("ok", tls=tls_of(served)) as server:
+            outcome, error, stream, _ = ask(reader, server.url)
+            assert (outcome, "certificate is not accepted" in (error or ""), said in (error or "")) == ("refused", True, True), error
+            assert stream.sent_ns is None
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+
+        def answer_plainly() -> None:
+            client, _ = plain.accept()
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            client.close()
+
+        threading.Thread(target=answer_plainly, daemon=True).start()
+        outcome, error, *_ = ask(reader, f"https://localhost:{plain.getsockname()[1]}")
+    assert (outcome, "no TLS connection" in (error or "")) == ("refused", True), error
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://x:port"])
