@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kilocopy.measure import Meters, rise
+from kilocopy.identity import rise
+from kilocopy.recording import Meters
 from kilocopy.spec import GpuReplica, MeasuredTraining, Owned, PublishedTraining, Quoted, Spec
 from kilocopy.summary import Band, Cost, Overhang, Ratio, Stage, Window
 
@@ -320,6 +321,7 @@ def overhang(spec: Spec, recorded: Mapping[str, Any] | None, stage: Stage | None
     n_cluster = training.gpus / spec.cluster.devices * n_slo if training.gpus and n_slo and _on_gpus(spec) else None
     return Overhang(
         stage=stage.index,
+        level=stage.level,
         ratios=[
             _ratio_usd(training, stage.cost),
             _ratio_energy(training, stage.cost),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Frozen(BaseModel):
@@ -80,7 +80,33 @@ class Copies(Frozen):
     n_run_server: float | None  # time-mean of running sequences summed over replicas
     slo_held: bool | None  # null where it cannot be judged: latency withheld, no stream inside the window, or held by a void stage
     slo_attainment: float | None  # fraction of streams that held the speed and the TTFT; null where latency is withheld
+    slo_judged: int  # ok streams that were sent in the window (open loop: planned in it)
+    slo_attained: int | None  # how many of them held the speed and the TTFT; null where latency is withheld
+    error_fraction: float | None  # errors over requests that ended in the window; open loop: and dropped arrivals over those planned
     n_human: dict[str, float]  # throughput equivalents by words per minute: "238", "150", "600"
+
+
+class Rate(Frozen):
+    """Requests per second in the window of an open loop: asked of the driver, planned by it, sent, ended."""
+
+    asked_per_s: float | None  # mean; null for a trace, which has its own
+    planned_per_s: float
+    sent_per_s: float
+    ended_per_s: float
+
+
+class Step(Frozen):
+    """One rate of a `steps` stage."""
+
+    rate_asked_per_s: float
+    start_s: float
+    end_s: float
+    arrivals: int
+    dropped: int
+    errors: int
+    output_tokens_per_s: float
+    in_flight: float
+    ttft_s: Percentiles | None  # of the ok requests that were planned in the step, from their planned time; null where withheld
 
 
 class Throughput(Frozen):
@@ -102,22 +128,64 @@ class Throughput(Frozen):
 class Latency(Frozen):
     """Latency of the ok requests that were sent and finished inside the stage's window, seconds."""
 
-    ttft_s: Percentiles | None
+    ttft_s: Percentiles | None  # closed loop: from the send; open loop: from the planned time, so that a late send is in it
+    ttft_from_send_s: Percentiles | None
     tpot_s: Percentiles | None
     itl_s: Percentiles | None  # inter-chunk gap / tokens per chunk; equals icl where a chunk holds one token
     icl_s: Percentiles | None  # inter-chunk latency as read
-    e2e_s: Percentiles | None
+    e2e_s: Percentiles | None  # from where ttft_s counts
     send_lag_s: Percentiles | None
 
 
 class Requests(Frozen):
-    """All requests of the stage, warm-up and drain included: sent = ok + errors + cancelled."""
+    """All requests of the stage, warm-up and drain included: scheduled = sent + dropped, sent = ok + errors + cancelled.
 
-    sent: int
+    The second is checked where the stage was not cut off: nothing may vanish.
+    """
+
+    scheduled: int
+    sent: int  # handed to a stream, whether or not a byte of it left (refused connections are among the errors)
     ok: int
     errors: dict[str, int]  # by outcome
     cancelled: int
+    dropped: int  # arrivals of an open loop for which no stream was free
     in_window_ok: int
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Requests:
+        ended = self.ok + sum(self.errors.values()) + self.cancelled
+        if self.sent != ended or self.scheduled != self.sent + self.dropped:
+            parts = f"scheduled {self.scheduled}, sent {self.sent}, ended {ended}, dropped {self.dropped}"
+            raise ValueError(f"requests do not add up: {parts}")
+        return self
+
+
+class Worker(Frozen):
+    """One driver process in the window of a stage; null where it was not recorded."""
+
+    worker: int
+    loop_lag_p50_s: float | None
+    loop_lag_p99_s: float | None
+    loop_lag_max_s: float | None
+    loop_lag_counts: list[int]  # probes up to 1, 2, 5, 10, 20, 50, 100, 200, 500 ms, and beyond
+    send_lag_p50_s: float | None
+    send_lag_p99_s: float | None
+    cpu_fraction: float | None  # of one core
+    events_per_s: float | None  # chunks read
+    open_sockets_max: int | None
+    rss_bytes_max: int | None
+    near_zero_gap_fraction: float | None
+
+
+class Driver(Frozen):
+    """The driver's own verdict: whether it, and not the servers, decided what was seen."""
+
+    workers: list[Worker]
+    limited: bool
+    sentence: str
+    cure: str | None  # what would do; null where it was not the limit
+    events_per_s: float | None  # all workers together
+    roofline_fraction: float | None  # of what this machine's driver processes were measured to read before the run
 
 
 class Band(Frozen):
@@ -151,6 +219,7 @@ class Bin(Frozen):
 
     t_s: float
     stage: int  # -1 between stages
+    level: int = 0
     output_tokens_per_s: float
     in_flight: float | None
     server_running: float | None
@@ -159,20 +228,26 @@ class Bin(Frozen):
 
 
 class Stage(Frozen):
-    """One load level, as measured."""
+    """One load level, as measured: a stage of the spec, or one of the levels that a search tried."""
 
     index: int
-    title: str  # "closed, 32 copies"
+    level: int = 0  # of a search, from 0
+    kind: str  # closed | constant | poisson | gamma | ramp | steps | trace: how it was played, also where a search asked for it
+    load: float | None = None  # of a search's level: copies, or requests/s
+    title: str  # "closed, 32 copies"; "search level 3: 64 copies"
     verdict: Verdict
     start_s: float
     end_s: float
     window: Window | None
     copies: Copies
+    rate: Rate | None  # null in closed loop
+    steps: list[Step]  # of a `steps` stage, else empty
     throughput: Throughput | None
     latency: Latency | None  # null when withheld or void without a window
     ttft_values_s: list[float]  # a bounded sample (<= 2000, evenly spaced in sorted order) for plots; empty when withheld
     icl_values_s: list[float]
     requests: Requests
+    driver: Driver
     checks: list[Check]
     cost: Cost | None
 
@@ -194,18 +269,52 @@ class Overhang(Frozen):
     """How lopsided training is to running, at the stage named."""
 
     stage: int
+    level: int = 0
     ratios: list[Ratio]
     n_cluster: float | None
     ratio_unit: str  # "pages of 500 words"
 
 
+class SearchLevel(Frozen):
+    """One load that a search tried, as the records show it."""
+
+    level: int
+    load: float
+    judged: int
+    attained: int | None  # null where latency is withheld
+    attainment: float | None
+    wilson_low: float | None
+    wilson_high: float | None
+    error_fraction: float
+    verdict: Literal["held", "missed", "unclear", "unsound"]  # unsound: the driver decided, not the server
+    output_tokens_per_s: float | None
+    output_tokens_per_s_per_copy: float | None
+    in_flight: float | None
+    stage_verdict: Literal["valid", "latency_withheld", "void"]
+
+
+class Search(Frozen):
+    """What a search stage found, worked out again from the records: the largest load that held the SLO, with its interval."""
+
+    stage: int
+    over: Literal["copies", "rate_per_s"]
+    answer: float | None
+    low: float | None  # the largest load that clearly held
+    high: float | None  # the smallest load that clearly missed
+    reason: str  # precise | limit | first_missed | unsound | unfinished
+    sentence: str
+    levels: list[SearchLevel]
+
+
 class Headline(Frozen):
     """The answer, or why there is none."""
 
-    n_slo: int | None  # largest asked copies whose stage is valid and held the SLO
+    n_slo: int | None  # a search's answer where there is one, else the largest asked copies whose stage is valid and held the SLO
     n_slo_stage: int | None
+    n_slo_level: int = 0
     n_slo_sentence: str
     best_stage: int | None  # highest valid tokens/s
+    best_level: int = 0
     sentence: str  # one sentence a person can repeat
 
 
@@ -227,7 +336,8 @@ class Summary(Frozen):
     status: Literal["complete", "interrupted"]
     status_sentence: str
     page_words: int
-    stages: list[Stage]
+    stages: list[Stage]  # an entry per level, in order of time
+    searches: list[Search]
     timeline: list[Bin]
     headline: Headline
     overhang: Overhang | None

@@ -17,6 +17,7 @@ from kilocopy.summary import (
     Check,
     Copies,
     Cost,
+    Driver,
     Estimate,
     Headline,
     Latency,
@@ -31,6 +32,7 @@ from kilocopy.summary import (
     Throughput,
     Verdict,
     Window,
+    Worker,
 )
 
 STAGE_S, WINDOW_S, WARMUP_S = 75.0, 60.0, 8.0
@@ -193,6 +195,7 @@ def stage(
     half = total * (0.02 if copies == 1 else 0.006)
     return Stage(
         index=index,
+        kind="closed",
         title=f"closed, {copies} cop{'y' if copies == 1 else 'ies'}",
         verdict=verdict,
         start_s=start,
@@ -209,8 +212,13 @@ def stage(
             n_run_server=None if servers is None else running * 0.996,
             slo_held=slo_held,
             slo_attainment=None if slo_held is None else (0.984 if slo_held else 0.412),
+            slo_judged=1000,
+            slo_attained=None if slo_held is None else (984 if slo_held else 412),
+            error_fraction=sum((errors or {}).values()) / sent,
             n_human={"238": words_per_s * 60 / 238, "150": words_per_s * 60 / 150, "600": words_per_s * 60 / 600},
         ),
+        rate=None,
+        steps=[],
         throughput=Throughput(
             output_tokens=total * WINDOW_S,
             prompt_tokens=total * WINDOW_S / OUTPUT_TOKENS * 512,
@@ -228,6 +236,7 @@ def stage(
         if hidden
         else Latency(
             ttft_s=percentiles(ttft),
+            ttft_from_send_s=percentiles(ttft),
             tpot_s=percentiles(tpot),
             itl_s=percentiles(icl),
             icl_s=percentiles(icl),
@@ -237,14 +246,45 @@ def stage(
         ttft_values_s=[] if hidden else ttft,
         icl_values_s=[] if hidden else icl,
         requests=Requests(
+            scheduled=sent,
             sent=sent,
             ok=sent - copies - sum((errors or {}).values()),
             errors=errors or {},
             cancelled=copies,
+            dropped=0,
             in_window_ok=round(total * WINDOW_S / OUTPUT_TOKENS),
         ),
+        driver=driver(total, lag_p99_s=0.031 if hidden else 0.0011),
         checks=checks(total * WINDOW_S, running, servers=servers),
         cost=cost(total, power_w, usd_per_hour, cost_sentence),
+    )
+
+
+def driver(events_per_s: float, *, lag_p99_s: float) -> Driver:
+    """One driver process that reads so many events, at 14 us of CPU each."""
+    limited, share = lag_p99_s > 0.005, min(0.99, events_per_s * 14e-6)
+    worker = Worker(
+        worker=0,
+        loop_lag_p50_s=lag_p99_s / 10,
+        loop_lag_p99_s=lag_p99_s,
+        loop_lag_max_s=lag_p99_s * 2,
+        loop_lag_counts=[5800, 100, 40, 20, 20, 20 if limited else 0, 0, 0, 0, 0],
+        send_lag_p50_s=0.0001,
+        send_lag_p99_s=0.0004,
+        cpu_fraction=share,
+        events_per_s=events_per_s,
+        open_sockets_max=64,
+        rss_bytes_max=210_000_000,
+        near_zero_gap_fraction=0.002,
+    )
+    seen = f"1 driver process, {100 * share:.0f} % of a core at most, {events_per_s:,.0f} events/s"
+    return Driver(
+        workers=[worker],
+        limited=limited,
+        sentence=f"The driver was the limit (driver-lag): {seen}." if limited else f"The driver was not the limit: {seen}.",
+        cure="Drive from another host: the serving processes take the cores when they need them." if limited else None,
+        events_per_s=events_per_s,
+        roofline_fraction=events_per_s / 50_000,
     )
 
 
@@ -295,6 +335,7 @@ def good() -> Summary:
         status_sentence="All 4 stages ran to their end.",
         page_words=PAGE_WORDS,
         stages=stages,
+        searches=[],
         timeline=timeline(stages),
         headline=Headline(
             n_slo=32,
@@ -457,6 +498,7 @@ def awkward() -> Summary:
         status_sentence="All 3 stages ran to their end.",
         page_words=PAGE_WORDS,
         stages=stages,
+        searches=[],
         timeline=timeline(stages),
         headline=Headline(
             n_slo=4,
@@ -491,6 +533,7 @@ def interrupted() -> Summary:
         status_sentence="The driver stopped 3.2 s after the start, before stage 0 had a window.",
         page_words=PAGE_WORDS,
         stages=[],
+        searches=[],
         timeline=[],
         headline=Headline(
             n_slo=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kilocopy import measure
+from kilocopy import health, identity, measure, recording, steady, windows
 from kilocopy.records import Writer
-from kilocopy.spec import Spec
+from kilocopy.spec import SearchStage, Spec
 from kilocopy.summary import Check, Reason, Stage, Window
 from tests import synthetic
 from tests.synthetic import ANCHOR, Run, ideal
@@ -21,12 +22,12 @@ from tests.synthetic import ANCHOR, Run, ideal
 seconds = st.floats(0, 100, allow_nan=False)
 
 
-def stage_of(path: Path, index: int = 0, *, shares_host: bool = False) -> Stage:
-    """One stage of a run directory, measured."""
-    recording = measure.load(path)
-    tree = json.loads((path / "manifest.json").read_text())["spec"]
-    span = next(span for span in measure.spans(recording.events) if span.index == index)
-    return measure.stage(Spec.model_validate(tree), recording, span, shares_host)
+def stage_of(path: Path, index: int = 0, level: int = 0, *, shares_host: bool = False, **more: Any) -> Stage:
+    """One stage of a run directory, measured; `more` goes into its manifest."""
+    recorded = recording.load(path)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"driver_shares_host": shares_host} | more
+    span = next(span for span in windows.spans(recorded.events) if (span.index, span.level) == (index, level))
+    return measure.stage(Spec.model_validate(manifest["spec"]), recorded, span, manifest)
 
 
 def codes(reasons: list[Reason]) -> set[str]:
@@ -417,16 +418,16 @@ def test_chunks_of_broken_streams_are_on_the_clients_side(tmp_path: Path) -> Non
 
 def test_a_gauge_is_weighted_by_time_and_absent_means_zero() -> None:
     """Scrapes at 0, 10, 20 s of 2, 4 and nothing (the counter is still there): trapezoids (3 + 2) x 10 / 20."""
-    server = measure.Samples(
+    server = recording.Samples(
         time_s=np.array([0.0, 10.0, 20.0]),
         target=np.array(["a"] * 3, dtype=object),
         name=np.array(["running", "running", "generation"], dtype=object),
         labels=np.array(["{}"] * 3, dtype=object),
         value=np.array([2.0, 4.0, 77.0]),
     )
-    assert measure.gauge_mean(server, ["running"], 0, 20) == pytest.approx(2.5)
-    assert measure.gauge_mean(server, ["running"], 30, 40) is None
-    assert measure.gauge_mean(server, ["nothing"], 0, 20) is None
+    assert identity.gauge_mean(server, ["running"], 0, 20) == pytest.approx(2.5)
+    assert identity.gauge_mean(server, ["running"], 30, 40) is None
+    assert identity.gauge_mean(server, ["nothing"], 0, 20) is None
 
 
 def test_a_missing_copy_on_the_servers_is_a_note(tmp_path: Path) -> None:
@@ -462,10 +463,9 @@ def test_percentiles_by_hand() -> None:
 def test_a_significant_drift_is_not_steady() -> None:
     """Rates 88..111 over 24 s: the halves differ by 12 %, the trend moves by 24 / 99.5 of the mean."""
     times_s = np.arange(24) + 0.5
-    window = Window(start_s=0, end_s=24, duration_s=24, rule="a test")
-    assert "drifted by +24 %" in str(measure.unsteady(times_s, 88.0 + np.arange(24), window))
+    assert "drifted by +24 %" in str(steady.drift(times_s, 88.0 + np.arange(24), 0, 24))
     noise = np.where(np.arange(24) % 2, 60.0, 140.0)
-    assert measure.unsteady(times_s, noise, window) is None
+    assert steady.drift(times_s, noise, 0, 24) is None
 
 
 def test_the_sample_is_bounded_and_keeps_the_ends() -> None:
@@ -488,7 +488,7 @@ def test_the_integral_in_flight_is_the_sum_of_overlaps(intervals: list[tuple[flo
     low, high = sorted((a, b))
     spans = [sorted(pair) for pair in intervals]
     starts, ends = np.array([s for s, _ in spans]), np.array([e for _, e in spans])
-    before, after = measure.busy_s(starts, ends, np.array([low, high]))
+    before, after = windows.busy_s(starts, ends, np.array([low, high]))
     assert after - before == pytest.approx(sum(max(0.0, min(e, high) - max(s, low)) for s, e in spans), abs=1e-6)
 
 
@@ -502,7 +502,7 @@ def test_rise_of_a_reset_counter(steps: list[int], cut: int) -> None:
         values.append(float(total))
     fell = cut < len(steps) and values[cut + 1] < values[cut]
     if cut >= len(steps) or fell:
-        assert measure.rise(np.array(values)) == sum(steps)
+        assert identity.rise(np.array(values)) == sum(steps)
 
 
 drawn_streams = st.lists(st.tuples(seconds, st.lists(st.integers(0, 5_000_000), max_size=8), st.integers(1, 50)), min_size=1, max_size=12)
@@ -516,8 +516,9 @@ def test_tokens_are_conserved(drawn: list[tuple[float, list[int], int]], a: floa
     firsts = np.array([first for first, _, _ in drawn])
     nan = np.full(count, np.nan)
     tokens = np.array([float(n) for _, _, n in drawn])
-    streams = measure.Streams(
-        stage=np.zeros(count, np.int64), level=np.zeros(count, np.int64), copy=np.zeros(count, np.int64), scheduled_s=firsts, sent_s=firsts, first_s=firsts, last_s=nan,
+    streams = recording.Streams(
+        stage=np.zeros(count, np.int64), level=np.zeros(count, np.int64), worker=np.zeros(count, np.int64), copy=np.zeros(count, np.int64),
+        sequence=np.zeros(count, np.int64), scheduled_s=firsts, sent_s=firsts, first_s=firsts, last_s=nan,
         finished_s=nan, prompt_tokens=nan, output_tokens=tokens, output_words=nan, chunks=nan, outcome=np.array(["ok"] * count),
         gap_counts=np.array([len(gaps) for _, gaps, _ in drawn]),
         gaps_s=np.array([gap for _, gaps, _ in drawn for gap in gaps], dtype=np.float64) / 1e6,
@@ -539,7 +540,7 @@ def test_the_first_process_to_stop_ends_the_window(tmp_path: Path) -> None:
     run.event("stage_start", 0.2, stage=0)
     run.event("stage_stop_asking", 20.0, stage=0)
     run.event("stage_drained", 24.0, stage=0)
-    span = measure.spans(measure.load(run.end(26)).events)[0]
+    span = windows.spans(recording.load(run.end(26)).events)[0]
     assert (span.start_s, span.stop_s, span.drained_s) == pytest.approx((0, 20, 24))
 
 
@@ -547,7 +548,7 @@ def test_a_process_that_did_not_drain_cuts_the_stage_off(tmp_path: Path) -> None
     run = one_copy(tmp_path)
     run.stage()
     run.event("stage_start", 0.2, stage=0, process="driver-1")
-    assert measure.spans(measure.load(run.end(26)).events)[0].cut_off
+    assert windows.spans(recording.load(run.end(26)).events)[0].cut_off
 
 
 def test_a_void_stage_does_not_claim_the_slo(tmp_path: Path) -> None:
@@ -568,12 +569,12 @@ def test_a_foreign_hosts_clock_goes_over_the_wall_clock(tmp_path: Path) -> None:
     lines = (tmp_path / "events" / "driver-0.jsonl").read_text().splitlines()
     moved = [json.loads(line) | {"wall_ns": json.loads(line)["time_ns"] + 1_800_000_000 * 10**9} for line in lines]
     (tmp_path / "events" / "driver-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
-    assert measure.load(run.end(25)).energy.time_s == pytest.approx([5.0])
+    assert recording.load(run.end(25)).energy.time_s == pytest.approx([5.0])
 
 
 def test_the_timeline_counts_every_token_once(tmp_path: Path) -> None:
-    recording = measure.load(ideal(tmp_path, synthetic.spec((1, 4))))
-    bins = measure.timeline(recording, measure.spans(recording.events))
+    recorded = recording.load(ideal(tmp_path, synthetic.spec((1, 4))))
+    bins = measure.timeline(recorded, windows.spans(recorded.events))
     assert sum(b.output_tokens_per_s for b in bins) == pytest.approx(1100)
     assert [b.t_s for b in bins] == list(range(len(bins)))
     assert {b.stage for b in bins} == {-1, 0, 1}
@@ -583,18 +584,26 @@ def test_the_timeline_counts_every_token_once(tmp_path: Path) -> None:
 
 def test_a_blocked_loop_counts_as_all_the_probes_that_it_missed() -> None:
     """100 probes, one of them 100 ms late: nine more would have been 90, 80, ... 10 ms late, so p99 is not 0."""
-    lag_s = np.zeros(200)
-    lag_s[7] = 0.1
-    lags = measure.Lags(time_s=np.linspace(0, 1, 200), lag_s=lag_s)
-    window = measure.summary.Window(start_s=0, end_s=1, duration_s=1, rule="test")
-    assert (measure.lag_p99_s(lags, window) or 0) > 0.05
+    lags_s = np.zeros(200)
+    lags_s[7] = 0.1
+    none = np.full(1, np.nan)
+    kept = recording.Health(
+        time_s=none, worker=np.zeros(1, np.int64), cpu_s=none, chunks=none, rss_bytes=none, open_sockets=none,
+        lag_counts=np.array([200]), lags_s=lags_s,
+    )  # fmt: skip
+    assert np.percentile(health.lags_of(kept), 99) > 0.05
 
 
 def test_a_stream_that_outlasts_the_window_is_judged_by_the_slo(tmp_path: Path) -> None:
     """Two copies, one of them so slow that its stream ends after the window: the SLO is not held by leaving it out."""
     run = synthetic.Run(tmp_path, synthetic.spec((2,)))
-    streams = measure.load(run.end(run.stage(0))).streams
-    slow = measure.replace(streams, last_s=streams.first_s + 1e6, finished_s=streams.finished_s + 1e6)
-    window = measure.summary.Window(start_s=float(streams.sent_s.min()), end_s=float(streams.sent_s.max()), duration_s=1, rule="test")
-    assert measure._judged(streams, window, measure.Spec.model_validate(run.spec).slo)[0] == 1.0
-    assert measure._judged(slow, window, measure.Spec.model_validate(run.spec).slo)[0] == 0.0
+    streams = recording.load(run.end(run.stage(0))).streams
+    slow = replace(streams, last_s=streams.first_s + 1e6, finished_s=streams.finished_s + 1e6)
+    window = Window(start_s=float(streams.sent_s.min()), end_s=float(streams.sent_s.max()), duration_s=1, rule="test")
+    known = Spec.model_validate(run.spec)
+    asked = known.stages[0]
+    assert not isinstance(asked, SearchStage)
+    for drawn, everyone in ((streams, 1), (slow, 0)):
+        counted = measure.judged(drawn, window, asked)
+        assert len(counted.stage) > 10
+        assert measure.attained(counted, known.slo, asked) == everyone * len(counted.stage)

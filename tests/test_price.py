@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilocopy import price
-from kilocopy.measure import Meters
 from kilocopy.recompute import summarise
+from kilocopy.recording import Meters
 from kilocopy.references import REFERENCES
 from kilocopy.spec import Quoted, Spec
 from kilocopy.summary import Band, Cost, Overhang, Ratio, Window
