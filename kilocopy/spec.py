@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -29,6 +30,14 @@ Count = Annotated[int, Field(ge=1)]
 TAGS = {
     "measured", "published", "cpu", "gpu", "synthetic", "file", "owned", "rented",
     "closed", "constant", "poisson", "gamma", "ramp", "steps", "trace", "search",
+    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset",
+}  # fmt: skip
+
+
+# Fields of a request that kilocopy writes.
+OWN_FIELDS = {
+    "model", "stream", "stream_options", "prompt", "messages", "n", "max_tokens", "max_completion_tokens", "seed",
+    "temperature", "top_p", "ignore_eos",
 }  # fmt: skip
 
 
@@ -140,11 +149,117 @@ class Cluster(Strict):
         return self
 
 
+class UniformLength(Strict):
+    """Every whole number from `low` to `high` as often as any other."""
+
+    kind: Literal["uniform"]
+    low: Count
+    high: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> UniformLength:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
+class NormalLength(Strict):
+    """A normal distribution cut off at `min` and `max`; mean and stddev are those before the cut."""
+
+    kind: Literal["normal"]
+    mean: Positive
+    stddev: Positive
+    min: Count = 1
+    max: Count
+
+    @model_validator(mode="after")
+    def _reachable(self) -> NormalLength:
+        _reachable(self.min, self.max, (self.min - 0.5 - self.mean) / self.stddev, (self.max + 0.5 - self.mean) / self.stddev)
+        return self
+
+
+class LognormalLength(Strict):
+    """A lognormal distribution cut off at `min` and `max`: its logarithm has the standard deviation `sigma`; median or mean before the cut."""
+
+    kind: Literal["lognormal"]
+    median: Positive | None = None
+    mean: Positive | None = None
+    sigma: Positive
+    min: Count = 1
+    max: Count
+
+    @property
+    def mu(self) -> float:
+        """Mean of the logarithm: ln(median) = ln(mean) - sigma^2 / 2."""
+        return math.log(self.median) if self.median is not None else math.log(self.mean or 1) - self.sigma**2 / 2
+
+    @model_validator(mode="after")
+    def _reachable(self) -> LognormalLength:
+        if (self.median is None) == (self.mean is None):
+            raise ValueError("give exactly one of median and mean")
+        edges = ((math.log(edge) - self.mu) / self.sigma for edge in (self.min - 0.5, self.max + 0.5))
+        _reachable(self.min, self.max, *edges)
+        return self
+
+
+class EmpiricalLength(Strict):
+    """Lengths that were seen, each drawn as often as it stands there: `values`, or a column of a CSV, JSONL or Parquet file."""
+
+    kind: Literal["empirical"]
+    values: list[Count] | None = Field(None, min_length=1)
+    path: str | None = Field(None, description="A path is relative to the current directory.")
+    column: str | None = Field(None, description="The file's column; none takes its only one.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EmpiricalLength:
+        if (self.values is None) == (self.path is None):
+            raise ValueError("give exactly one of values and path")
+        if self.column is not None and self.path is None:
+            raise ValueError("column goes with path")
+        return self
+
+
+def _reachable(low: int, high: int, low_sd: float, high_sd: float) -> None:
+    """Refuse a cut that nothing of the distribution comes through (its edges given in standard deviations from the centre)."""
+    if low > high:
+        raise ValueError(f"min ({low}) is above max ({high})")
+    if min(high_sd, -low_sd) < -6:
+        raise ValueError(f"min {low} to max {high} lies more than six standard deviations off the centre: nothing would fall there")
+
+
+def _length_tag(value: Any) -> Any:
+    """A plain number is a fixed length; a mapping says its kind."""
+    if isinstance(value, dict):
+        return value.get("kind")
+    return getattr(value, "kind", "fixed")
+
+
+Length = Annotated[
+    Annotated[Count, Tag("fixed")]
+    | Annotated[UniformLength, Tag("uniform")]
+    | Annotated[NormalLength, Tag("normal")]
+    | Annotated[LognormalLength, Tag("lognormal")]
+    | Annotated[EmpiricalLength, Tag("empirical")],
+    Discriminator(
+        _length_tag,
+        custom_error_type="length_kind",
+        custom_error_message="a length is a whole number, or a mapping whose kind is uniform, normal, lognormal or empirical",
+    ),
+]
+
+
 class SyntheticPrompts(Strict):
-    """Prompts of about `input_tokens` tokens cut at seeded places from the corpus that comes with Python, by the model's own tokenizer."""
+    """Prompts of exactly `input_tokens` tokens by the model's own tokenizer, cut at seeded places from the corpus that comes with Python.
+
+    No two begin alike, so no prefix cache answers in the model's place, unless a shared prefix is asked for. For completions a
+    prompt's tokens are counted as the server counts them, with the tokens that it puts in front; for chat they are those of the
+    messages' contents, without the chat template. Few-shot examples are part of `input_tokens`.
+    """
 
     kind: Literal["synthetic"]
-    input_tokens: Count
+    input_tokens: Length = Field(description="Tokens of a prompt; in a conversation, of each turn's new text.")
+    shared_prefix_fraction: Fraction = Field(0, description="This share of a prompt's tokens, from the first on, is the same text in all requests.")
+    prefixes: Count = Field(1, description="So many different shared prefixes, each as often as any other.")
 
 
 class FilePrompts(Strict):
@@ -152,6 +267,22 @@ class FilePrompts(Strict):
 
     kind: Literal["file"]
     path: str
+
+
+class DatasetPrompts(Strict):
+    """Prompts from a data set: JSONL, ShareGPT JSON, CSV or Parquet, one per row, taken in a seeded order."""
+
+    kind: Literal["dataset"]
+    path: str = Field(description="A path is relative to the current directory; its ending says the format: .jsonl, .json, .csv, .parquet.")
+    column: str | None = Field(None, description="Column of the prompt, text or messages; none looks for prompt, text, messages, conversations.")
+    answer_column: str | None = Field(None, description="Column of the answer, which few-shot examples need; none looks for answer, response, completion.")
+    output_tokens_column: str | None = Field(None, description="Column of max_tokens; without it, the workload's output_tokens.")
+
+
+class Conversation(Strict):
+    """Each copy talks on: every request carries the turns before it with the model's real answers."""
+
+    turns: Annotated[int, Field(ge=2, le=1000)]
 
 
 class Sampling(Strict):
@@ -173,12 +304,26 @@ class Workload(Strict):
     """What every copy asks for."""
 
     endpoint: Literal["completions", "chat"] = "completions"
-    prompts: Annotated[SyntheticPrompts | FilePrompts, Field(discriminator="kind")]
-    output_tokens: Count = Field(description="max_tokens of every request.")
+    prompts: Annotated[SyntheticPrompts | FilePrompts | DatasetPrompts, Field(discriminator="kind")]
+    output_tokens: Length = Field(description="max_tokens of a request.")
+    conversation: Conversation | None = Field(None, description="Requests come as conversations of so many turns; none asks once.")
+    examples: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="Few-shot: so many questions with their answers before the question.")
+    samples: Annotated[int, Field(ge=1, le=128)] = Field(1, description="Best-of-n: so many answers to each prompt (`n` of the request).")
     ignore_eos: bool = Field(True, description="Every stream runs to its length (a vLLM extension).")
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request, passed through as they are.")
     sampling: Sampling = Sampling()
     timeouts: Timeouts = Timeouts()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _whole(self) -> Workload:
+        if own := sorted(OWN_FIELDS & set(self.extra_body)):
+            raise ValueError(f"extra_body: {', '.join(own)} is set by kilocopy itself from the spec's other keys: take it out")
+        if self.examples and isinstance(self.prompts, FilePrompts):
+            raise ValueError("examples need answers, and a text file of prompts has none: use prompts of kind dataset or synthetic")
+        if self.examples and self.conversation:
+            raise ValueError("examples and conversation do not go together: give one of them")
+        return self
 
 
 class ClosedStage(Strict):
@@ -441,7 +586,7 @@ def _sentence(path: Path, tree: Any, item: Any) -> str:
     for part in item["loc"]:
         if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             line, parent, node = _line_of(node, part), node, node[part]
-        elif isinstance(node, dict) and part in TAGS:
+        elif not isinstance(node, list) and part in TAGS:
             continue  # the tag of a union: in pydantic's path, not in the file
         keys.append(f"[{part}]" if isinstance(part, int) else f".{part}")
     key = "".join(keys).lstrip(".") or "(the whole file)"
