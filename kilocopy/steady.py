@@ -35,8 +35,12 @@ def mser5(values: Floats) -> tuple[int, bool]:
     sums, squares = np.cumsum(means[::-1])[::-1], np.cumsum(means[::-1] ** 2)[::-1]
     errors = (squares - sums**2 / kept) / kept**2
     half = batches // 2
-    late = int(np.argmin(errors[: batches - LAST_BATCHES])) > half
-    return int(np.argmin(errors[: half + 1])) * BATCH, late
+    return _first_least(errors[: half + 1]) * BATCH, _first_least(errors[: batches - LAST_BATCHES]) > half
+
+
+def _first_least(errors: Floats) -> int:
+    """The first place of the least value, where what differs by rounding alone is the same (a constant series has errors of 0)."""
+    return int(np.argmax(errors <= errors.min() + 1e-12 * errors.max()))
 
 
 def warm_up_s(times_s: Floats, weights: Floats, owners: Ints, start_s: float, end_s: float) -> float | None:

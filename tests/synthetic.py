@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kilocopy.records import Events, Writer
 
@@ -68,7 +70,7 @@ class Run:
         first_s = sent_s + ttft_s
         last_s = first_s + sum(gaps_s)
         row = {
-            "stage": 0, "worker": 0, "copy": 0, "sequence": 0,
+            "stage": 0, "level": 0, "worker": 0, "copy": 0, "sequence": 0,
             "scheduled_ns": self.ns(sent_s), "sent_ns": self.ns(sent_s), "first_token_ns": self.ns(first_s),
             "last_token_ns": self.ns(last_s), "finished_ns": self.ns(last_s),
             "prompt_tokens": 10, "output_tokens": len(gaps_s) + 1, "output_words": (len(gaps_s) + 1) // 2,
@@ -80,37 +82,56 @@ class Run:
     def failure(self, sent_s: float, finished_s: float, outcome: str = "http_5xx", **fields: Any) -> float:
         """One request that never got a token."""
         row = {
-            "stage": 0, "worker": 0, "copy": 0, "sequence": 0, "scheduled_ns": self.ns(sent_s), "sent_ns": self.ns(sent_s),
+            "stage": 0, "level": 0, "worker": 0, "copy": 0, "sequence": 0,
+            "scheduled_ns": self.ns(sent_s), "sent_ns": self.ns(sent_s),
             "finished_ns": self.ns(finished_s), "chunks": 0, "gaps_us": [], "outcome": outcome,
         }  # fmt: skip
         self.requests.append(row | fields)
         return finished_s
 
-    def stage(self, index: int = 0, start_s: float = 0.0, asks_s: float = 22.0, **stream: Any) -> float:
-        """A whole stage of full streams back to back, its events, and a driver that is never late; returns when it settled."""
-        copies = self.spec["stages"][index]["copies"]
+    def drop(self, scheduled_s: float, **fields: Any) -> None:
+        """One arrival that found no stream free."""
+        self.failure(scheduled_s, scheduled_s, "dropped", sent_ns=None, **fields)
+
+    def stage(
+        self, index: int = 0, start_s: float = 0.0, asks_s: float = 22.0, *, copies: int | None = None, place: Mapping[str, Any] | None = None,
+        **stream: Any,
+    ) -> float:  # fmt: skip
+        """A whole stage of full streams back to back, its events, and a driver that is never late; returns when it settled.
+
+        `place`: level and load, for a search's level of so many copies.
+        """
+        place = dict(place or {})
+        level = {"level": place["level"]} if "level" in place else {}
+        copies = copies or self.spec["stages"][index]["copies"]
         ended_s = start_s
         for copy in range(copies):
             at_s, sequence = start_s + copy / copies, 0
             while at_s < start_s + asks_s:
-                at_s = self.stream(at_s, stage=index, copy=copy, sequence=sequence, **stream)
+                at_s = self.stream(at_s, stage=index, copy=copy, sequence=sequence, **level, **stream)
                 sequence += 1
             ended_s = max(ended_s, at_s)
-        self.marks(index, start_s, start_s + asks_s, ended_s)
+        self.marks(index, start_s, start_s + asks_s, ended_s, **place)
         for second in range(int(asks_s)):
             self.lag(start_s + second + 0.5, index)
         return ended_s + 1
 
-    def marks(self, index: int, start_s: float, stop_s: float, drained_s: float) -> None:
-        """The events of a stage that came to its end."""
-        self.event("stage_start", start_s, stage=index)
-        self.event("stage_stop_asking", stop_s, stage=index)
-        self.event("stage_drained", drained_s, stage=index)
-        self.event("stage_settled", drained_s + 1, stage=index)
+    def arrivals(self, times_s: Sequence[float], lengths: Sequence[int], *, ttft_s: float = 0.1, gap_s: float = 0.1, **fields: Any) -> float:
+        """Open-loop requests at these times, of so many tokens each; returns when the last one ended."""
+        pairs = enumerate(zip(times_s, lengths, strict=True))
+        return max(self.stream(at_s, ttft_s, [gap_s] * (tokens - 1), copy=n, **fields) for n, (at_s, tokens) in pairs)
 
-    def lag(self, at_s: float, stage: int = 0, lag_us: int = 100) -> None:
+    def marks(self, index: int, start_s: float, stop_s: float, drained_s: float, **place: Any) -> None:
+        """The events of a stage that came to its end."""
+        level = {key: value for key, value in place.items() if key != "load"}
+        self.event("stage_start", start_s, stage=index, **place)
+        self.event("stage_stop_asking", stop_s, stage=index, **level)
+        self.event("stage_drained", drained_s, stage=index, **level)
+        self.event("stage_settled", drained_s + 1, stage=index, **level)
+
+    def lag(self, at_s: float, stage: int = 0, lag_us: int = 100, **fields: Any) -> None:
         """A second of the driver's health."""
-        self.driver.append({"time_ns": self.ns(at_s), "stage": stage, "loop_lag_us": [lag_us] * 10})
+        self.driver.append({"time_ns": self.ns(at_s), "stage": stage, "worker": 0, "loop_lag_us": [lag_us] * 10} | fields)
 
     def scrape(self, at_s: float, target: str = "a:1", labels: str = "{}", **values: float) -> None:
         """One scrape of one target."""
@@ -152,3 +173,16 @@ def ideal(path: Path, tree: dict[str, Any] | None = None, *, shift_ns: int = 0, 
         run.meter(second, 1e6 + 200 * second)
         run.meter(second, 300 * second, device="GPU-b")
     return run.end(at_s)
+
+
+def timed(**changes: Any) -> dict[str, Any]:
+    """A spec of one Poisson stage: 2 s of warm-up, 40 s that count."""
+    stage = {"arrival": "poisson", "rate_per_s": 10, "duration_s": 40, "warmup_s": 2}
+    return spec(stages=[stage | changes])
+
+
+def poisson(rate_per_s: float, until_s: float, mean_tokens: float, seed: int) -> tuple[list[float], list[int]]:
+    """Poisson arrivals in [0, until_s) and geometric lengths: with a fixed time per token, M/M/infinity (nearly: whole tokens)."""
+    draw = np.random.default_rng(seed)
+    times_s = np.sort(draw.uniform(0, until_s, draw.poisson(rate_per_s * until_s)))
+    return times_s.tolist(), draw.geometric(1 / mean_tokens, len(times_s)).tolist()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -607,3 +608,271 @@ def test_a_stream_that_outlasts_the_window_is_judged_by_the_slo(tmp_path: Path) 
         counted = measure.judged(drawn, window, asked)
         assert len(counted.stage) > 10
         assert measure.attained(counted, known.slo, asked) == everyone * len(counted.stage)
+
+
+# ------------------------------------------------------------------------------------------------------------- open loop
+
+
+def open_loop(path: Path, *, seed: int = 1, **changes: Any) -> Run:
+    """M/M/infinity: 10 requests/s of 20 tokens on average, 0.1 s each: 20 in flight (residence 0.1 + 1.9 s), 200 tokens/s."""
+    run = Run(path, synthetic.timed(**changes))
+    drained_s = run.arrivals(*synthetic.poisson(10, 42, 20, seed))
+    run.marks(0, 0, 42, drained_s)
+    for second in range(42):
+        run.lag(second + 0.5)
+    return run
+
+
+def test_an_open_loop_of_known_truth(tmp_path: Path) -> None:
+    """The requests of 40 s are Poisson: 400 +- 20, so figures are within 3 / sqrt(400) x sqrt(2) of the truth."""
+    stage = stage_of(open_loop(tmp_path).end(60))
+    assert (stage.kind, stage.title, stage.copies.asked) == ("poisson", "poisson, 10 requests/s", None)
+    assert stage.verdict.level == "valid"
+    assert stage.throughput is not None
+    assert stage.rate is not None
+    assert stage.rate.asked_per_s == 10
+    assert stage.rate.planned_per_s == stage.rate.sent_per_s == pytest.approx(10, rel=0.15)
+    assert stage.copies.n_run_client == pytest.approx(20, rel=0.22)
+    assert stage.throughput.output_tokens_per_s.value == pytest.approx(200, rel=0.22)
+    assert "MSER-5" in (stage.window.rule if stage.window else "")
+
+
+def test_ttft_counts_from_the_plan_in_open_loop(tmp_path: Path) -> None:
+    """Sent 30 ms late, first token 100 ms after: 130 ms; from the send 100 ms."""
+    run = Run(tmp_path, synthetic.timed())
+    for n in range(420):
+        run.stream(n / 10 + 0.03, copy=n, scheduled_ns=run.ns(n / 10))
+    run.marks(0, 0, 42, 43)
+    latency = stage_of(run.end(50)).latency
+    assert latency is not None
+    found = [latency.ttft_s, latency.ttft_from_send_s, latency.send_lag_s, latency.e2e_s]
+    assert [round(one.p50, 6) for one in found if one] == [0.13, 0.1, 0.03, 1.03]
+
+
+def test_ttft_counts_from_the_send_in_closed_loop(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    at_s = 0.0
+    while at_s < 22:
+        at_s = run.stream(at_s, scheduled_ns=run.ns(at_s - 0.03))
+    run.marks(0, 0, 22, at_s)
+    latency = stage_of(run.end(30)).latency
+    assert latency is not None
+    assert latency.ttft_s is not None
+    assert latency.ttft_s.p50 == pytest.approx(0.1)
+
+
+def test_the_slo_counts_from_the_plan_in_open_loop(tmp_path: Path) -> None:
+    """First tokens 0.2 s after the send, 0.24 s after the plan; the SLO allows 0.22 s."""
+    tree = synthetic.timed() | {"slo": {"tokens_per_s_per_copy": 9, "ttft_s": 0.22}}
+    run = Run(tmp_path, tree)
+    for n in range(420):
+        run.stream(n / 10 + 0.04, ttft_s=0.2, copy=n, scheduled_ns=run.ns(n / 10))
+    run.marks(0, 0, 42, 43)
+    assert stage_of(run.end(50)).copies.slo_attainment == 0.0
+
+
+@pytest.mark.parametrize("kind", ["closed", "open"])
+def test_late_sends_void_either_kind(tmp_path: Path, kind: str) -> None:
+    run = one_copy(tmp_path) if kind == "closed" else Run(tmp_path, synthetic.timed(duration_s=20))
+    for n in range(22):
+        run.stream(float(n), copy=n if kind == "open" else 0, scheduled_ns=run.ns(n - 0.06))
+    run.marks(0, 0, 22, 22)
+    stage = stage_of(run.end(30))
+    assert "sends-late" in codes(stage.verdict.reasons)
+    assert stage.verdict.level == "void"
+    assert stage.driver.limited
+
+
+def test_drops_are_counted_and_are_no_errors(tmp_path: Path) -> None:
+    run = open_loop(tmp_path)
+    for n in range(20):
+        run.drop(5 + n, copy=1000 + n)
+    stage = stage_of(run.end(60))
+    told = stage.requests
+    assert (told.dropped, told.scheduled, told.errors) == (20, told.sent + 20, {})
+    assert codes(stage.verdict.reasons) == {"sends-dropped"}
+    assert "the driver had no stream ready" in stage.verdict.reasons[0].sentence
+    assert stage.driver.limited
+    assert stage.copies.error_fraction == pytest.approx(20 / (20 + told.ok), rel=0.1)
+
+
+def test_drops_because_the_house_is_full_are_the_servers(tmp_path: Path) -> None:
+    """50 streams of 100 s are open, as many as allowed, when arrivals find no room."""
+    run = Run(tmp_path, synthetic.timed(max_in_flight=50))
+    run.arrivals([0.01 * n for n in range(50)], [100] * 50, gap_s=1.0)
+    for n in range(20):
+        run.drop(10 + n, copy=100 + n)
+    run.marks(0, 0, 42, 101)
+    stage = stage_of(run.end(110))
+    reason = next(reason for reason in stage.verdict.reasons if reason.code == "sends-dropped")
+    assert "max_in_flight (50) was reached, since the server did not keep up" in reason.sentence
+    assert not stage.driver.limited
+
+
+def test_a_growing_backlog_is_no_steady_state(tmp_path: Path) -> None:
+    """5 servers of 1 s each take 5 requests/s; 10 come."""
+    run, free_s = Run(tmp_path, synthetic.timed()), [0.0] * 5
+    for n in range(420):
+        at_s, server = n / 10, n % 5
+        begun_s = max(at_s, free_s[server])
+        free_s[server] = run.stream(at_s, ttft_s=begun_s - at_s + 0.1, copy=n)
+    run.marks(0, 0, 42, max(free_s))
+    reasons = stage_of(run.end(120)).verdict.reasons
+    backlog = next(reason for reason in reasons if reason.code == "no-steady-state")
+    assert "above what the server can take" in backlog.sentence
+    assert "10 came and 5 ended" in backlog.sentence
+
+
+def test_a_slow_start_is_cut_off_the_window(tmp_path: Path) -> None:
+    """From 2 s to 10 s every request makes a quarter of its tokens: the window begins when that is over."""
+    run = Run(tmp_path, synthetic.timed())
+    for n in range(420):
+        run.stream(n / 10, gaps_s=[0.1] * (3 if n < 100 else 11), copy=n)
+    run.marks(0, 0, 42, 44)
+    window = stage_of(run.end(50)).window
+    assert window is not None
+    assert 9.5 < window.start_s < 12
+
+
+def test_steps_have_a_row_each(tmp_path: Path) -> None:
+    """2 then 4 requests/s for 10 s each after 2 s, 10 tokens in 1 s each: 2 and 4 in flight, 20 and 40 tokens/s."""
+    run = Run(tmp_path, synthetic.spec(stages=[{"arrival": "steps", "rates_per_s": [2, 4], "step_s": 10, "warmup_s": 2}]))
+    times_s = [n / 2 for n in range(24)] + [12 + n / 4 for n in range(40)]
+    run.arrivals(times_s, [10] * 64)
+    run.drop(15, copy=99)
+    run.marks(0, 0, 22, 23)
+    stage = stage_of(run.end(30))
+    assert stage.verdict.notes[0].code == "not-steady-by-design"
+    assert "no-steady-state" not in codes(stage.verdict.reasons)
+    assert [(step.rate_asked_per_s, step.start_s, step.end_s, step.arrivals, step.dropped) for step in stage.steps] == [
+        (2, 2, 12, 20, 0),
+        (4, 12, 22, 41, 1),
+    ]
+    assert [step.in_flight for step in stage.steps] == pytest.approx([2, 4], rel=0.05)
+    assert [step.output_tokens_per_s for step in stage.steps] == pytest.approx([20, 40], rel=0.05)
+    assert [step.ttft_s.p50 for step in stage.steps if step.ttft_s] == pytest.approx([0.1, 0.1])
+
+
+def test_a_ramp_is_not_steady_by_design(tmp_path: Path) -> None:
+    stage = {"arrival": "ramp", "from_rate_per_s": 1, "to_rate_per_s": 9, "duration_s": 20, "warmup_s": 1}
+    run = Run(tmp_path, synthetic.spec(stages=[stage]))
+    run.arrivals([float(np.sqrt(5 * n)) for n in range(80)], [10] * 80)
+    run.marks(0, 0, 21, 22)
+    found = stage_of(run.end(30))
+    assert found.verdict.level == "valid"
+    assert found.title == "ramp, 1 to 9 requests/s"
+    assert found.rate is not None
+    assert found.rate.asked_per_s == 5
+
+
+# --------------------------------------------------------------------------------------------------------- several workers
+
+
+def two_workers(path: Path, *, lag_us: int = 100, **health_: Any) -> Run:
+    """Two copies of two workers; the second one's loop is as late as stated, in one probe of a hundred seconds."""
+    run = Run(path, synthetic.spec((2,)))
+    for copy in range(2):
+        at_s = copy / 2
+        while at_s < 22:
+            at_s = run.stream(at_s, copy=copy, worker=copy)
+    run.marks(0, 0, 22, 23)
+    for second in range(22):
+        run.lag(second + 0.5, worker=0, cpu_s=0.2 * second, chunks=10 * second)
+        run.lag(second + 0.5, worker=1, lag_us=lag_us, **{name: value * second for name, value in health_.items()})
+    return run
+
+
+def test_workers_are_told_apart(tmp_path: Path) -> None:
+    driver = stage_of(two_workers(tmp_path, cpu_s=0.4, chunks=10).end(30)).driver
+    assert [one.cpu_fraction for one in driver.workers] == pytest.approx([0.2, 0.4])
+    assert [one.events_per_s for one in driver.workers] == pytest.approx([10, 10])
+    assert driver.events_per_s == pytest.approx(20)
+    assert not driver.limited
+    assert driver.cure is None
+    assert sum(driver.workers[1].loop_lag_counts) == 200
+
+
+def test_the_worst_worker_is_judged_not_the_mean(tmp_path: Path) -> None:
+    """11 ms in every 100th probe of one of ten workers is p99 = 0.1 ms when pooled; the limit is 10 ms."""
+    run = two_workers(tmp_path)
+    for worker in range(2, 10):
+        for second in range(22):
+            run.lag(second + 0.5, worker=worker)
+    run.lag(10.5, worker=1, loop_lag_us=[20_000] * 6)
+    stage = stage_of(run.end(30))
+    assert stage.verdict.level == "latency_withheld"
+    assert "of worker 1" in stage.verdict.reasons[0].sentence
+    pooled = np.concatenate([[0.0001] * 2000, [0.02] * 6])
+    assert np.percentile(pooled, 99) < 0.01
+
+
+def test_a_worker_without_idle_time_withholds_latency_and_says_what_would_do(tmp_path: Path) -> None:
+    run = two_workers(tmp_path, cpu_s=0.99)
+    path = run.end(30)
+    stage = stage_of(path, driver_roofline={"events_per_s": 100, "cores": 8})
+    assert codes(stage.verdict.reasons) == {"driver-cpu"}
+    assert stage.verdict.level == "latency_withheld"
+    assert "99 % of a core" in stage.verdict.reasons[0].sentence
+    assert stage.driver.cure is not None
+    assert "another host" not in stage.driver.cure  # 0.2 + 0.99 cores: two workers would do, evenly loaded
+    assert "another host" in (stage_of(path, shares_host=True).driver.cure or "")
+
+
+def test_the_cure_counts_workers(tmp_path: Path) -> None:
+    """0.99 cores of one worker: two at 70 %; this host has one core."""
+    run = one_copy(tmp_path)
+    run.stage()
+    for second in range(22):
+        run.lag(second + 0.5, cpu_s=0.99 * second, chunks=10 * second)
+    path = run.end(30)
+    driver = stage_of(path, driver_roofline={"events_per_s": 100, "cores": 8}).driver
+    assert driver.cure is not None
+    assert driver.cure.startswith("--workers 2 (0.99 cores of work")
+    assert driver.roofline_fraction == pytest.approx(0.1)
+    assert "10 % of what this machine's driver can read" in driver.sentence
+    assert "several" in (stage_of(path, driver_roofline={"cores": 1}).driver.cure or "")
+
+
+def test_a_lost_worker_voids_its_stage_and_keeps_its_records(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((2,)))
+    for copy in range(2):
+        at_s = copy / 2
+        while at_s < (22 if copy == 0 else 9):
+            at_s = run.stream(at_s, copy=copy, worker=copy)
+    run.event("stage_start", 0.0, stage=0, process="worker0")
+    run.event("stage_start", 0.0, stage=0, process="worker1")
+    run.event("worker_lost", 10, worker=1, stage=0, level=0, process="master")
+    run.event("stage_stop_asking", 22, stage=0, process="worker0")
+    run.event("stage_drained", 23, stage=0, process="worker0")
+    run.event("stage_settled", 24, stage=0, process="master")
+    stage = stage_of(run.end(30))
+    assert codes(stage.verdict.reasons) == {"worker-lost"}
+    assert "worker 1 was lost" in stage.verdict.reasons[0].sentence
+    assert {one.worker for one in stage.driver.workers} == {0, 1}
+    assert stage.requests.sent > 22
+    assert check(stage, "client_tokens_vs_server").outcome == "not_checked"
+
+
+def test_a_worker_lost_after_it_drained_harms_nothing(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage()
+    run.event("stage_drained", 22, stage=0, process="worker1")
+    run.event("worker_lost", 22.5, worker=1, stage=0, level=0, process="master")
+    assert stage_of(run.end(30)).verdict.level == "valid"
+
+
+# -------------------------------------------------------------------------------------------------------- old records
+
+
+def test_records_without_the_new_columns_are_read(tmp_path: Path) -> None:
+    """What version 1 wrote: no `level`, no `worker` in the driver's rows."""
+    path = ideal(tmp_path)
+    before = stage_of(path)
+    for kind, gone in (("requests", "level"), ("driver", "worker")):
+        for file in (path / kind).glob("*.arrow"):
+            with pa.ipc.open_stream(file.read_bytes()) as stream:
+                batches = [batch.drop_columns([gone]) for batch in stream]
+            with pa.ipc.new_stream(file, batches[0].schema) as out:
+                for batch in batches:
+                    out.write_batch(batch)
+    assert stage_of(path) == before
