@@ -47,12 +47,13 @@ def warm_up_s(times_s: Floats, weights: Floats, owners: Ints, start_s: float, en
     """Seconds after the start that MSER-5 cuts off the token rate, in bins of 0.2 s or less; None: no steady state.
 
     The best cut of a rate that is as correlated as tokens are (a request's come one after the other) lies in the second half by
-    chance in a third of the steady runs of half a minute; so a late cut counts only where the halves differ beyond chance too.
+    chance in a third of the steady runs of half a minute. So a late cut counts only where the halves of what the best cut in the
+    first half leaves differ beyond chance too; else that cut is taken.
     """
     bins = max(BATCHES_MIN * BATCH, int(np.ceil((end_s - start_s) / BIN_S_MAX)))
     counts, edges_s = np.histogram(times_s, bins=bins, range=(start_s, end_s), weights=weights)
     cut, late = mser5(np.asarray(counts, dtype=np.float64))
-    if late and halves_z(times_s, weights, owners, start_s, end_s) > HALVES_Z_MAX:
+    if late and halves_z(times_s, weights, owners, float(edges_s[cut]), end_s) > HALVES_Z_MAX:
         return None
     return float(edges_s[cut]) - start_s
 
