@@ -29,9 +29,15 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(slots=True)
 class Answer:
-    """A stream as understood. `problem` is a sentence where the stream itself said something wrong."""
+    """A stream as understood. `problem` is a sentence where the stream itself said something wrong.
+
+    Of a request for several samples (`n`), `text` is that of the first choice and `texts` has each; times and usage are over all.
+    """
 
     text: str = ""
+    samples: int = 1
+    texts: tuple[str, ...] = ()
+    finished: set[int] = field(default_factory=set)  # choices that gave a finish reason
     times_ns: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # of events that carried text
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -41,8 +47,8 @@ class Answer:
 
     @property
     def words(self) -> int:
-        """Words of the decoded text."""
-        return len(self.text.split())
+        """Words of the decoded text, of all choices."""
+        return sum(len(text.split()) for text in self.texts or (self.text,))
 
     @property
     def gaps_us(self) -> npt.NDArray[np.uint32]:
@@ -53,17 +59,18 @@ class Answer:
     @property
     def missing(self) -> list[str]:
         """What a whole stream has and this one lacks."""
-        parts = {"finish reason": self.finish_reason, "usage": self.output_tokens, "[DONE]": self.done or None}
+        finish = self.finish_reason if self.samples == 1 or len(self.finished) >= self.samples else None
+        parts = {"finish reason": finish, "usage": self.output_tokens, "[DONE]": self.done or None}
         return [name for name, value in parts.items() if value is None]
 
 
-def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int]) -> Answer:
-    """Understand a stream's body from its pieces and their arrival times (one per piece, ns)."""
-    answer = Answer()
+def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int], samples: int = 1) -> Answer:
+    """Understand a stream's body from its pieces and their arrival times (one per piece, ns); `samples` is the request's `n`."""
+    answer = Answer(samples=samples)
     payloads, piece_of = split_events(pieces)
     texts: list[str] = []
     carriers: list[int] = []
-    reader = _PayloadReader(answer)
+    reader = _PayloadReader(answer) if samples == 1 else _ChoicesReader(answer)
     for event, payload in enumerate(payloads):
         if answer.done:
             answer.problem = "the stream goes on after [DONE]"
@@ -78,6 +85,9 @@ def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int]) -> Answer:
         # A chunk can hold several tokens, but no token fills several chunks.
         answer.problem = f"usage counts {answer.output_tokens} output tokens, but {len(carriers)} chunks carried text"
     answer.text = "".join(texts)
+    if isinstance(reader, _ChoicesReader):
+        answer.texts = tuple("".join(reader.spoken.get(choice, ())) for choice in range(samples))
+        answer.text = answer.texts[0]
     answer.times_ns = np.array(stamps_ns, dtype=np.int64)[piece_of[carriers]]
     return answer
 
@@ -155,9 +165,13 @@ class _PayloadReader:
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
             self._answer.problem = "an event of the stream is not the JSON that was expected"
             return ""
+        self._hear(event, text)
         if ordinary and text:
             self._remember(payload, text)
         return text
+
+    def _hear(self, event: dict[str, Any], text: str) -> None:
+        """Something was parsed in full: nothing more to note of a single choice."""
 
     def _remember(self, payload: bytes, text: str) -> None:
         """Learn the frame, if the text stands in the payload exactly once and as the value of its key."""
@@ -171,6 +185,45 @@ class _PayloadReader:
                     if payload.startswith(literal, at):
                         self._left, self._right = payload[:at], payload[at + len(literal) :]
                         return
+
+
+class _ChoicesReader(_PayloadReader):
+    """Reads a stream of several choices, whose events come mixed: a frame for each, and each one's text."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self.spoken: dict[int, list[str]] = {}
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        self._choice: int | None = None  # whose frame the present one is
+        self._heard: int | None = None  # the choice of the event parsed last, if it was one
+        self._parsed = False
+
+    def read(self, payload: bytes) -> str:
+        """As for one choice; the text is also kept with its choice."""
+        if self._left is None or not (payload.startswith(self._left) and payload.endswith(self._right)):
+            for choice, (left, right) in self._frames.items():
+                if payload.startswith(left) and payload.endswith(right):
+                    self._choice, self._left, self._right = choice, left, right
+                    break
+        self._parsed = False
+        text = super().read(payload)
+        if text and not self._parsed and self._choice is not None:
+            self.spoken[self._choice].append(text)
+        return text
+
+    def _hear(self, event: dict[str, Any], text: str) -> None:
+        self._parsed, choices = True, event.get("choices") or ()
+        for choice in choices:
+            self.spoken.setdefault(choice.get("index", 0), []).append(_text(choice))
+        self._heard = choices[0].get("index", 0) if len(choices) == 1 else None
+
+    def _remember(self, payload: bytes, text: str) -> None:
+        super()._remember(payload, text)
+        if self._left is not None and self._heard is not None:
+            self._choice = self._heard
+            self._frames[self._choice] = self._left, self._right
+        else:
+            self._left = None
 
 
 def _string(literal: bytes) -> str:
@@ -196,12 +249,18 @@ def _understand(event: dict[str, Any], answer: Answer) -> tuple[str, bool]:
         answer.prompt_tokens, answer.output_tokens = _count(usage["prompt_tokens"]), _count(usage["completion_tokens"])
     text, finish = "", None
     for choice in event.get("choices") or ():
-        delta = choice.get("delta") or {}
-        text += choice.get("text") or "".join(delta.get(key) or "" for key in TEXT_KEYS)
+        text += _text(choice)
         finish = choice.get("finish_reason")
         if finish:
             answer.finish_reason = _plain(finish)
+            answer.finished.add(int(choice.get("index") or 0))
     return text, not usage and not finish
+
+
+def _text(choice: dict[str, Any]) -> str:
+    delta = choice.get("delta") or {}
+    text: str = choice.get("text") or "".join(delta.get(key) or "" for key in TEXT_KEYS)
+    return text
 
 
 def _count(value: Any) -> int:
