@@ -1,0 +1,76 @@
+"""Streams of several choices: whose text is whose, and when such a stream is whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loadtests import answers
+from loadtests.answers import decode, judge
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+def events(spoken: list[tuple[int, str]], finished: list[int], *, chat: bool, tokens: int) -> list[str]:
+    """A best-of-n stream: texts in the order given, then each choice's finish reason, usage and [DONE]."""
+    made = []
+    for index, text in spoken:
+        part = {"delta": {"content": text}} if chat else {"text": text}
+        made.append({"id": "c", "choices": [{"index": index, **part, "finish_reason": None}], "usage": None})
+    for index in finished:
+        part = {"delta": {}} if chat else {"text": ""}
+        made.append({"id": "c", "choices": [{"index": index, **part, "finish_reason": "length"}], "usage": None})
+    made.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": tokens}})
+    return [*map(json.dumps, made), "[DONE]"]
+
+
+def pieces(payloads: list[str]) -> list[bytes]:
+    return [f"data: {payload}\n\n".encode() for payload in payloads]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), TEXT), max_size=30), st.booleans())
+def test_each_choice_keeps_its_own_text_however_they_are_mixed(spoken: list[tuple[int, str]], chat: bool) -> None:
+    stream = pieces(events(spoken, [2, 0, 3, 1], chat=chat, tokens=100))
+    stamps = list(range(0, 1000 * len(stream), 1000))
+    answer = decode(stream, stamps, samples=4)
+    texts = tuple("".join(text for index, text in spoken if index == choice) for choice in range(4))
+    assert answer.texts == texts
+    assert answer.text == texts[0]
+    assert answer.words == sum(len(text.split()) for text in texts)
+    assert list(answer.times_ns) == [1000 * place for place, (_, text) in enumerate(spoken) if text]
+    assert (answer.missing, answer.output_tokens, answer.problem) == ([], 100, None)
+
+
+def test_a_stream_of_choices_is_whole_only_when_each_has_finished() -> None:
+    spoken = [(0, "a "), (1, "b "), (0, "c")]
+    cut = decode(pieces(events(spoken, [0], chat=False, tokens=3)), [0] * 6, samples=2)
+    assert judge(200, b"text/event-stream", [], cut) == ("truncated", "the stream ended without finish reason")
+    whole = decode(pieces(events(spoken, [1, 0], chat=False, tokens=3)), [0] * 7, samples=2)
+    assert judge(200, b"text/event-stream", [], whole) == ("ok", None)
+    silent = decode(pieces(events([(0, "a")], [0], chat=True, tokens=1)), [0] * 4, samples=2)
+    assert silent.missing == ["finish reason"]
+    assert silent.texts == ("a", "")
+
+
+def test_two_choices_in_one_event_go_to_their_own() -> None:
+    both = {"choices": [{"index": 1, "text": "one"}, {"index": 0, "text": "nil"}]}
+    again = {"choices": [{"index": 1, "text": " two"}]}
+    answer = decode(pieces([json.dumps(both), json.dumps(again), json.dumps(both)]), [1, 2, 3], samples=2)
+    assert answer.texts == ("nilnil", "one twoone")
+    assert list(answer.times_ns) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_mixed_choices_are_read_the_short_way(monkeypatch: pytest.MonkeyPatch, chat: bool) -> None:
+    parsed = []
+    understand = answers._understand
+    monkeypatch.setattr(answers, "_understand", lambda event, answer: parsed.append(event) or understand(event, answer))
+    spoken = [(index, f" w{number}") for number, index in itertools.product(range(50), range(4))]
+    answer = decode(pieces(events(spoken, [0, 1, 2, 3], chat=chat, tokens=200)), [0] * 206, samples=4)
+    assert answer.texts[3] == "".join(f" w{number}" for number in range(50))
+    assert len(parsed) == 4 + 4 + 1  # each choice's first, the finish reasons and the usage
