@@ -1,0 +1,217 @@
+"""The reader and the decoder against bytes in every shape: through a true socket and `Connection.receive`, as in a run.
+
+What holds: however an answer is split, the same outcome, text and counts; a stream that was cut is never ok; and whatever the bytes
+are, exactly one of the known outcomes, never an exception, never text that the parsed whole does not contain.
+"""
+
+from __future__ import annotations
+
+import _socket
+import itertools
+import json
+import socket
+from collections.abc import Iterator, Sequence
+
+import httptools
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kilocopy.faults import CHUNKED, HEAD, chunk
+from kilocopy.records import OUTCOMES, REQUESTS
+from loadtests.answers import Answer, decode
+from loadtests.recorder import _outcome
+from loadtests.streams import Connection, Reader, Stream
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+TEXTS = st.lists(TEXT, min_size=1, max_size=8)
+PLACES = st.lists(st.integers(0, 10**6), max_size=30)
+SETTINGS = settings(deadline=None, max_examples=150)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    reader = Reader()
+    yield reader
+    reader.stop()
+
+
+def play(reader: Reader, reads: Sequence[bytes], *, close: bool = True) -> tuple[str, str | None, Stream, Answer]:
+    """What becomes of an answer that arrives in these reads, a microsecond apart, and of the connection's end after them."""
+    ours, theirs = _socket.socketpair()
+    with socket.socket(fileno=theirs.detach()) as server:
+        ours.setblocking(False)
+        connection = Connection(reader, ours, None)
+        connection.stream = stream = Stream()
+        stream.sent_ns = 0
+        now_ns = 0
+        for read in reads:
+            if connection.closed or not read:
+                continue
+            now_ns += 1000
+            server.sendall(read)
+            connection.receive(now_ns)
+        if close and not stream.ended.is_set():
+            server.close()
+            now_ns += 1000
+            connection.receive(now_ns)
+        if not stream.ended.is_set():
+            connection.fail(now_ns, "timeout_stall", "silent")
+        connection.close()
+    answer = decode(stream.pieces, stream.stamps_ns)
+    assert len(stream.stamps_ns) == len(stream.pieces)
+    return (*_outcome(stream, answer), stream, answer)
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[begin:end] for begin, end in itertools.pairwise(edges)]
+
+
+def good(texts: list[str], *, framing: str, line_end: str, events_in_chunk: int) -> bytes:
+    events = [json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": None}]}, ensure_ascii=False) for text in texts]
+    events.append(json.dumps({"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}))
+    events += [json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(texts)}}), "[DONE]"]
+    lines = [f"data: {event}{line_end}{line_end}" for event in events]
+    if framing == "chunks":
+        groups = ["".join(lines[at : at + events_in_chunk]) for at in range(0, len(lines), events_in_chunk)]
+        return CHUNKED.encode() + b"".join(map(chunk, groups)) + b"0\r\n\r\n"
+    body = "".join(lines).encode()
+    if framing == "length":
+        return f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"{HEAD}\r\n".encode() + body
+
+
+ANSWERS = st.builds(
+    lambda texts, framing, line_end, group: (texts, framing, good(texts, framing=framing, line_end=line_end, events_in_chunk=group)),
+    TEXTS, st.sampled_from(["chunks", "chunks", "length", "close"]), st.sampled_from(["\n", "\r\n", "\r"]), st.integers(1, 4),
+)  # fmt: skip
+
+
+def events_seen(reads: Sequence[bytes]) -> list[int]:
+    """Arrival of each piece by the plain way: every read through httptools by itself, as it comes."""
+    pieces: list[bytes] = []
+    stamps: list[int] = []
+
+    class Sink:
+        on_body = staticmethod(pieces.append)
+
+    parser = httptools.HttpResponseParser(Sink())
+    for number, read in enumerate([read for read in reads if read], 1):
+        parser.feed_data(read)
+        stamps += [1000 * number] * (len(pieces) - len(stamps))
+    return [int(time_ns) for time_ns in decode(pieces, stamps).times_ns]
+
+
+@SETTINGS
+@given(ANSWERS, PLACES)
+def test_a_good_answer_is_the_same_wherever_it_is_split(reader: Reader, made: tuple[list[str], str, bytes], places: list[int]) -> None:
+    texts, framing, data = made
+    reads = cut(data, places)
+    outcome, error, stream, answer = play(reader, reads)
+    assert (outcome, error) == ("ok", None)
+    assert (answer.text, answer.output_tokens, stream.status, stream.replica) == ("".join(texts), len(texts), 200, "r1")
+    assert [int(time_ns) for time_ns in answer.times_ns] == events_seen(reads)
+    assert stream.finished_ns == 1000 * (sum(map(bool, reads)) + (framing == "close"))
+
+
+@SETTINGS
+@given(TEXTS, st.integers(1, 3), st.integers(0, 10**6))
+def test_chunks_in_reads_of_their_own_keep_their_times(reader: Reader, texts: list[str], group: int, place: int) -> None:
+    """As a server sends them: the way that is parsed at once, and with one cut more, which must not change what is seen."""
+    data = good(texts, framing="chunks", line_end="\n", events_in_chunk=group)
+    reads, rest = [CHUNKED.encode()], data[len(CHUNKED) :]
+    while rest:
+        end = rest.index(b"\r\n") + 4 + int(rest[: rest.index(b"\r\n")], 16)
+        reads, rest = [*reads, rest[:end]], rest[end:]
+    for split in (reads, [*reads[:2], *cut(b"".join(reads[2:]), [place])]):
+        outcome, error, _, answer = play(reader, split)
+        assert (outcome, error, answer.text) == ("ok", None, "".join(texts))
+        assert [int(time_ns) for time_ns in answer.times_ns] == events_seen(split)
+
+
+@SETTINGS
+@given(ANSWERS, PLACES, st.integers(0, 10**6), st.booleans())
+def test_a_cut_answer_is_typed_and_never_ok(reader: Reader, made: tuple[list[str], str, bytes], places: list[int], at: int, close: bool) -> None:
+    texts, framing, data = made
+    data = data[: at % len(data)]
+    outcome, error, _, answer = play(reader, cut(data, places), close=close)
+    complete = data.rstrip(b"\r\n").endswith(b"[DONE]") and answer.done  # without its last line ends, framed by the close alone
+    if not (framing == "close" and close and complete):
+        assert outcome in ({"refused", "truncated", "bad_stream"} if close else {"timeout_stall"})
+        assert error
+    assert "".join(texts).startswith(answer.text)
+
+
+MUTATION = st.tuples(st.sampled_from(["set", "drop", "add", "copy"]), st.integers(0, 10**6), st.integers(0, 10**6), st.binary(min_size=1, max_size=6))
+
+
+def mutate(data: bytes, mutations: list[tuple[str, int, int, bytes]]) -> bytes:
+    for kind, at, to, new in mutations:
+        begin, end = at % (len(data) + 1), min(len(data), at % (len(data) + 1) + to % 40)
+        if kind == "set":
+            data = data[:begin] + new + data[begin + len(new) :]
+        elif kind == "drop":
+            data = data[:begin] + data[end:]
+        elif kind == "add":
+            data = data[:begin] + new + data[begin:]
+        else:
+            data = data[:begin] + data[begin:end] + data[begin:]
+    return data
+
+
+def recordable(outcome: str, error: str | None, stream: Stream, answer: Answer) -> None:
+    """One typed outcome, a sentence wherever it is not ok, and values that the row's columns hold."""
+    assert outcome in OUTCOMES
+    assert (error is None) == (outcome == "ok")
+    row = {"outcome": outcome, "error": error, "status": stream.status, "replica": stream.replica, "finish_reason": answer.finish_reason,
+           "prompt_tokens": answer.prompt_tokens, "output_tokens": answer.output_tokens, "output_words": answer.words, "gaps_us": answer.gaps_us,
+           "chunks": len(answer.times_ns)}  # fmt: skip
+    fields = [REQUESTS.field(name) for name in row]
+    assert pa.RecordBatch.from_pylist([row], schema=pa.schema(fields)).num_rows == 1
+    if outcome == "ok":
+        assert answer.output_tokens is not None
+        assert answer.output_tokens >= len(answer.times_ns)
+        assert list(answer.times_ns) == sorted(answer.times_ns)
+
+
+@settings(deadline=None, max_examples=400)
+@given(ANSWERS, st.lists(MUTATION, min_size=1, max_size=5), PLACES)
+def test_a_damaged_answer_ends_in_one_known_way_wherever_it_is_split(
+    reader: Reader, made: tuple[list[str], str, bytes], mutations: list[tuple[str, int, int, bytes]], places: list[int]
+) -> None:
+    data = mutate(made[2], mutations)
+    outcome, error, stream, answer = play(reader, cut(data, places))
+    recordable(outcome, error, stream, answer)
+    whole = play(reader, [data])
+    assert (outcome, answer.text, answer.output_tokens) == (whole[0], whole[3].text, whole[3].output_tokens)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=400), PLACES)
+@example(b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: y\r\n\r\nz", [])
+@example(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n", [70])
+def test_any_bytes_end_in_one_known_way(reader: Reader, data: bytes, places: list[int]) -> None:
+    for lead in (b"", CHUNKED.encode(), CHUNKED.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)):
+        result = play(reader, [lead, *cut(data, places)])
+        recordable(*result)
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5) | st.just("\ud800"),
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["message", "text", "a"]), inner, max_size=2))  # fmt: skip
+EVENTS = st.fixed_dictionaries({}, optional={
+    "choices": VALUES | st.lists(st.fixed_dictionaries({}, optional={"text": VALUES, "delta": VALUES, "finish_reason": VALUES}), max_size=2),
+    "usage": VALUES | st.fixed_dictionaries({"prompt_tokens": VALUES, "completion_tokens": VALUES}),
+    "error": VALUES, "object": VALUES,
+})  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(EVENTS, max_size=4), st.sampled_from([200, 200, 400, 500]))
+def test_events_of_any_shape_can_be_recorded(reader: Reader, events: list[object], status: int) -> None:
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    head = CHUNKED.replace("200", str(status), 1)
+    recordable(*play(reader, [head.encode() + chunk(body) + b"0\r\n\r\n"]))
+    if events:  # as an error's body
+        recordable(*play(reader, [head.encode() + chunk(json.dumps(events[0])) + b"0\r\n\r\n"]))
