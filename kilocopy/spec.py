@@ -392,7 +392,7 @@ class StepsStage(Strict):
     """One rate after another, each for `step_s` (the warm-up runs at the first rate)."""
 
     arrival: Literal["steps"]
-    rates_per_s: list[NonNegative] = Field(min_length=1)
+    rates_per_s: tuple[NonNegative, ...] = Field(min_length=1)
     step_s: Positive
     process: Literal["constant", "poisson"] = "poisson"
     warmup_s: NonNegative = 0
