@@ -245,6 +245,9 @@ class Stream:
     def end(self, now_ns: int, outcome: str | None = None, error: str | None = None) -> None:
         """The stream is over; the greenlet that waits for it is woken. Only the first call counts."""
         if not self.ended.is_set():
+            if self.coding:  # bytes that cannot be read say nothing
+                self.pieces.clear()
+                del self.stamps_ns[:]
             self.finished_ns, self.outcome, self.error = now_ns, outcome, error
             self.ended.set()
 
@@ -338,9 +341,6 @@ class Connection:
             self.close()
         self._reader.open_streams.discard(stream)
         refusal = stream.refusal
-        if stream.coding:  # bytes that cannot be read say nothing
-            stream.pieces.clear()
-            del stream.stamps_ns[:]
         stream.end(now_ns, "bad_stream" if refusal else None, refusal)
 
     def _lost(self, now_ns: int, why: str) -> None:
