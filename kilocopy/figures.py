@@ -16,8 +16,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kilocopy.report import RATIOS, copies_label, from_spec, money, number, pages_unit
-from kilocopy.summary import Band, Bin, Stage, Summary
+from kilocopy.report import RATIOS, asked, from_spec, load_label, money, number, pages_unit
+from kilocopy.summary import Band, Bin, Search, SearchLevel, Stage, Summary
 
 BLUE, ORANGE, RED, GREY = "#3f7fd0", "#dd7a2f", "#d0473d", "#8b919c"
 LOADS = ((63, 120, 205), (38, 157, 178), (72, 162, 98), (201, 160, 38), (222, 118, 46), (204, 70, 66))
@@ -27,6 +27,10 @@ _COURSES: tuple[tuple[int, str, str, dict[str, Any]], ...] = (  # panel, field o
     (2, "server_running", "running (servers)", {"color": GREY, "dash": "dot"}),
     (2, "server_waiting", "waiting (servers)", {"color": RED, "dash": "dot"}),
 )
+
+
+CHANGING = {"ramp", "steps", "trace"}  # their means are of many loads: no point on an axis of load
+SAID = {"held": "#3d9a5f", "missed": RED, "unclear": ORANGE, "unsound": GREY}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def figures(summary: Summary) -> list[Figure]:
     return [
         throughput(summary),
         page_cost(summary),
+        *(search_figure(summary, search) for search in summary.searches),
         time_to_first_token(summary),
         inter_chunk_latency(summary),
         timeline(summary),
@@ -55,9 +60,9 @@ def figures(summary: Summary) -> list[Figure]:
 def throughput(summary: Summary) -> Figure:
     """Copies against tokens/s: in all (left, log-log, with perfect scaling dotted) and of one copy (right, with the SLO)."""
     head = "Copies against speed"
-    stages = [stage for stage in summary.stages if stage.throughput]
+    stages = [stage for stage in summary.stages if stage.throughput and stage.kind not in CHANGING]
     if not stages:
-        return Figure("plot-throughput", head, "", missing="No stage has a window, so there is no throughput to plot.")
+        return Figure("plot-throughput", head, "", missing="No stage has a steady load and a window, so there is no throughput to plot.")
     plot = make_subplots(rows=1, cols=2, horizontal_spacing=0.1)
     valid, void = _split(stages)
     for group, style in ((valid, _solid(BLUE)), (void, _hollow())):
@@ -93,10 +98,59 @@ def throughput(summary: Summary) -> Figure:
     return Figure("plot-throughput", head, caption + _void_note(void), _dressed(plot))
 
 
+def search_figure(summary: Summary, search: Search) -> Figure:
+    """The share of the streams that held the SLO at each load that was tried, with Wilson's interval, against the SLO's quantile."""
+    name, unit = f"plot-search-{search.stage}", "copies" if search.over == "copies" else "requests/s"
+    head = f"The search for the most {unit} within the SLO"
+    shown = [one for one in search.levels if one.attainment is not None]
+    if not shown:
+        return Figure(name, head, "", missing="No level could be judged by the SLO.")
+    plot = go.Figure()
+    for verdict, colour in SAID.items():
+        mine = [one for one in shown if one.verdict == verdict]
+        if mine:
+            plot.add_trace(_attained(mine, verdict, colour))
+    quantile = from_spec(summary, "slo").get("quantile")
+    if quantile:
+        plot.add_hline(y=100 * quantile, line={"color": RED, "dash": "dash", "width": 1.5})
+    if search.answer is not None:
+        plot.add_vline(x=search.answer, line={"color": SAID["held"], "dash": "dot", "width": 1.5})
+    loads = sorted({one.load for one in shown})
+    pad = max(0.05, 0.04 * math.log10(loads[-1] / loads[0]))
+    ends = [math.log10(loads[0]) - pad, math.log10(loads[-1]) + pad]
+    plot.update_xaxes(title=unit, range=ends, **_log_ticks(loads))
+    plot.update_yaxes(title="streams that held the SLO (%)", range=[-3, 103])
+    caption = "Bars: 95 % by Wilson. Dashed: the share that the SLO asks for. Dotted: the answer. A load tried twice counts together."
+    return Figure(name, head, caption, _dressed(plot))
+
+
+def _attained(levels: list[SearchLevel], verdict: str, colour: str) -> go.Scatter:
+    """The levels of one verdict: attainment with its interval."""
+    shares = [100 * (one.attainment or 0) for one in levels]
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "thickness": 1.5,
+        "color": colour,
+        "array": [100 * (one.wilson_high or 0) - share for one, share in zip(levels, shares, strict=True)],
+        "arrayminus": [share - 100 * (one.wilson_low or 0) for one, share in zip(levels, shares, strict=True)],
+    }
+    return go.Scatter(
+        x=[one.load for one in levels],
+        y=shares,
+        error_y=bars,
+        mode="markers",
+        marker={"color": colour, "size": 9, "symbol": "circle-open" if verdict == "unsound" else "circle"},
+        name=verdict,
+        customdata=[[one.level + 1, one.judged] for one in levels],
+        hovertemplate="level %{customdata[0]}: %{y:.1f} % of %{customdata[1]} streams at %{x}<extra>%{fullData.name}</extra>",
+    )
+
+
 def page_cost(summary: Summary) -> Figure:
     """Copies against the cost of a page, log-log, with the band over the assumed inputs: batching's amortisation."""
     head = "Copies against the cost of a page"
-    stages = [stage for stage in summary.stages if _usd(stage)]
+    stages = [stage for stage in summary.stages if _usd(stage) and stage.kind not in CHANGING]
     if not stages:
         return Figure("plot-cost", head, "", missing="No stage has a price per page.")
     valid, void = _split(stages)
@@ -152,8 +206,8 @@ def inter_chunk_latency(summary: Summary) -> Figure:
 
 def _distribution(summary: Summary, *, field: str, name: str, head: str, axis: str, limit_s: float | None = None) -> Figure:
     """Percentiles of raw values on an axis that stretches towards the tail, times on a log axis."""
-    hidden = [load_of(stage) for stage in summary.stages if stage.verdict.level == "latency_withheld"]
-    note = f" Withheld at {_listed(hidden)} copies: see the verdict." if hidden else ""
+    hidden = [asked(stage) for stage in summary.stages if stage.verdict.level == "latency_withheld"]
+    note = f" Withheld at {', '.join(hidden)}{'' if any('/s' in one for one in hidden) else ' copies'}: see the verdict." if hidden else ""
     stages = [stage for stage in summary.stages if any(value > 0 for value in getattr(stage, field))]
     if not stages:
         return Figure(name, head, "", missing=f"No latency was kept for a plot.{note}")
@@ -190,7 +244,7 @@ def _percentile_curve(summary: Summary, stage: Stage, values: list[float]) -> go
         customdata=[float(f"{share * 100:.4g}") for share in shares],
         mode="lines",
         line={"color": load_colour(summary, stage), "width": 2, "dash": "dot" if void else "solid"},
-        name=f"{copies_label(stage.copies.asked)}{' (void)' if void else ''}",
+        name=f"{load_label(stage)}{' (void)' if void else ''}",
         hovertemplate="%{customdata} % within %{x:.3g} ms<extra>%{fullData.name}</extra>",
     )
 
@@ -256,7 +310,7 @@ def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
     if stage.window is None:
         return
     void = _is_void(stage)
-    label = copies_label(stage.copies.asked) if len(summary.stages) <= 8 else f"{load_of(stage):,}"
+    label = load_label(stage) if len(summary.stages) <= 4 else asked(stage)
     plot.add_shape(
         type="rect",
         x0=stage.window.start_s,
@@ -271,7 +325,7 @@ def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:
         line={"width": 0},
     )
     plot.add_annotation(
-        text=f"{label}{' (void)' if void else ''}",
+        text=f"{label}{' (void)' if void and len(summary.stages) <= 8 else ''}",
         x=(stage.window.start_s + stage.window.end_s) / 2,
         xref="x",
         y=1,
@@ -384,10 +438,6 @@ def _low_high(stage: Stage) -> tuple[float, float] | None:
     return (usd.low, usd.high) if usd and usd.low is not None and usd.high is not None else None
 
 
-def _listed(values: list[float]) -> str:
-    return ", ".join(number(value) if value % 1 else f"{value:,.0f}" for value in values)
-
-
 def _void_note(void: list[Stage]) -> str:
     return " Hollow: void, shown but not believed." if void else ""
 
@@ -444,7 +494,7 @@ def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
     loads = sorted(set(_asked(stages)))
     pad = max(0.08, 0.04 * math.log10(loads[-1] / loads[0]))
     return {
-        "title": "copies asked for",
+        "title": "copies asked for" if all(one.copies.asked is not None for one in stages) else "copies (in open loop: in flight, measured)",
         "type": "log",
         "tickvals": loads,
         "ticktext": [f"{load:,.0f}" if load % 1 == 0 else number(load) for load in loads],

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from kilocopy import report
 from kilocopy.figures import Figure, figures
-from kilocopy.report import DASH, band, copies_label, counted, from_spec, interval, latency, money, number, percent, seconds, times
+from kilocopy.report import DASH, band, counted, from_spec, interval, latency, load_label, money, number, percent, place, seconds, times
 from kilocopy.summary import Cost, Ratio, Stage, Summary
 
 HUMANS = {
@@ -38,7 +38,10 @@ CONDITIONS = {
     "git_commit": "Commit",
     "seed": "Seed",
 }
-SHOWN_ELSEWHERE = {"spec", "prices", "name", "schema_version", "kilocopy_version"}
+DRIVER_HEADS = (
+    "stage", "worker", "CPU of a core", "events/s", "loop lag\np50 / p99 / max", "send lag\np50 / p99", "near-zero gaps", "sockets", "memory",
+)  # fmt: skip
+SHOWN_ELSEWHERE = {"driver_roofline", "spec", "prices", "name", "schema_version", "kilocopy_version"}
 SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -78,6 +81,16 @@ def render_html(summary: Summary) -> str:
         latencies=list(report.LATENCIES.values()),
         money_unit="$/page" if pages == 1 else f"$ per {pages:,} pages",
         figures=drawn,
+        searches=[(search, report.search_rows(search)) for search in summary.searches],
+        search_heads=report.SEARCH_HEADS,
+        steps=[(f"{place(stage)}: {stage.title}", report.step_rows(stage)) for stage in summary.stages if stage.steps],
+        step_heads=report.STEP_HEADS,
+        drivers=[row for stage in summary.stages for row in _driver(stage)],
+        driver_heads=DRIVER_HEADS,
+        driver_lines=list(report.driver_lines(summary)),
+        roofline=_roofline(summary),
+        open_loop=report.open_loop(summary),
+        shown=place(at) if (at := report.shown_stage(summary)) else "",
         ratios=[_ratio(ratio) for ratio in summary.overhang.ratios] if summary.overhang else [],
         n_cluster=number(summary.overhang.n_cluster) if summary.overhang else DASH,
         humans=_humans(summary),
@@ -114,7 +127,7 @@ def _cards(summary: Summary) -> list[dict[str, str]]:
         why = "there is no valid stage"
         return [_card(label, DASH, why, "", "not measured") for label in ("copies (N_SLO)", "tokens/s", "pages/hour", "$/page", "Wh/page")]
     n_slo, through, cost = summary.headline.n_slo, stage.throughput, stage.cost
-    at = f"at {copies_label(stage.copies.asked)}, stage {stage.index}"
+    at = f"at {load_label(stage)}, stage {place(stage)}"
     value, spread = report.estimate(through.output_tokens_per_s)
     return [
         _card("copies (N_SLO)", f"{n_slo:,}" if n_slo is not None else DASH, _slo_detail(summary, stage), "", "measured"),
@@ -169,13 +182,13 @@ def _stage(stage: Stage, pages: int) -> dict[str, Any]:
     return {
         "level": stage.verdict.level,
         "badge": report.BADGES[stage.verdict.level],
-        "title": f"{stage.index}: {stage.title}",
+        "title": f"{place(stage)}: {stage.title}",
         "kinds": _kinds(stage),
         "reasons": stage.verdict.reasons,
         "notes": stage.verdict.notes,
         "latency": report.latency_row(stage),
         "cells": [
-            (report.counted(copies.asked), ""),
+            (report.asked(stage), _achieved(stage)),
             (number(copies.n_run_client), f"{number(copies.n_run_server)} servers"),
             total,
             (number(through.output_tokens_per_s_per_copy) if through else DASH, ""),
@@ -188,6 +201,45 @@ def _stage(stage: Stage, pages: int) -> dict[str, Any]:
             (report.slo(stage), f"{percent(copies.slo_attainment)} held" if copies.slo_attainment is not None else ""),
         ],
     }
+
+
+def _achieved(stage: Stage) -> str:
+    """What became of the rate that was asked for."""
+    return f"{number(stage.rate.sent_per_s)}/s sent, {number(stage.rate.ended_per_s)}/s ended" if stage.rate else ""
+
+
+def _driver(stage: Stage) -> list[list[str]]:
+    """A row per worker of a stage, in DRIVER_HEADS' order."""
+    return [
+        [
+            f"{place(stage)}: {load_label(stage)}",
+            str(one.worker),
+            percent(one.cpu_fraction),
+            number(one.events_per_s),
+            seconds(one.loop_lag_p50_s, one.loop_lag_p99_s, one.loop_lag_max_s),
+            seconds(one.send_lag_p50_s, one.send_lag_p99_s),
+            percent(one.near_zero_gap_fraction),
+            counted(one.open_sockets_max),
+            DASH if one.rss_bytes_max is None else f"{one.rss_bytes_max / 2**20:,.0f} MiB",
+        ]
+        for one in stage.driver.workers
+    ]
+
+
+def _roofline(summary: Summary) -> str:
+    """What this machine's driver was measured to read before the run."""
+    told = summary.run.get("driver_roofline") or {}
+    if not told.get("events_per_s"):
+        return f"What this machine's driver can read was not measured{': ' + str(told['error']) if told.get('error') else ''}."
+    cost = f", {number(told['cpu_us_per_event'])} µs of CPU an event" if told.get("cpu_us_per_event") else ""
+    streams = f", about {counted(told['streams_at_50_per_s'])} streams of 50 tokens/s" if told.get("streams_at_50_per_s") else ""
+    limits = ", ".join(
+        f"{counted(told[key])} {name}"
+        for key, name in (("cores", "cores"), ("fd_limit", "open files"), ("ephemeral_ports", "local ports"))
+        if told.get(key)
+    )
+    can = f"Measured before the run: one driver process reads {counted(told['events_per_s'])} events/s here{cost}{streams}."
+    return f"{can} Limits of this host: {limits}." if limits else can
 
 
 def _kinds(stage: Stage) -> str:
@@ -226,7 +278,7 @@ def _checks(summary: Summary) -> list[dict[str, str]]:
     """A row per identity check."""
     return [
         {
-            "stage": f"{stage.index} ({copies_label(stage.copies.asked)})",
+            "stage": f"{place(stage)} ({load_label(stage)})",
             "name": report.CHECKS.get(check.name, check.name),
             "left": counted(check.left),
             "right": counted(check.right),
@@ -289,7 +341,7 @@ def _rules(summary: Summary) -> list[tuple[str, str]]:
     """How each stage's window was found, with its length."""
     return [
         (
-            f"Stage {stage.index}",
+            f"Stage {place(stage)}",
             f"{seconds(stage.window.duration_s)}: {stage.window.rule}." if stage.window else "no window was found.",
         )
         for stage in summary.stages

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kilocopy.summary import Band, Check, Estimate, Percentiles, Ratio, Stage, Summary
+from kilocopy.summary import Band, Check, Estimate, Percentiles, Ratio, Search, Stage, Summary
 
 DASH = "–"
 WIDTH = 120
@@ -99,11 +99,27 @@ def counted(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def copies_label(copies: int | None) -> str:
-    """`1 copy`, `1,024 copies`; `open loop` where no number was asked for."""
-    if copies is None:
-        return "open loop"
+def place(stage: Stage) -> str:
+    """Which stage: its index; a level of a search as `index.n`, its levels counted from 1 as in its title."""
+    return str(stage.index) if stage.load is None else f"{stage.index}.{stage.level + 1}"
+
+
+def copies_label(copies: int) -> str:
+    """`1 copy`, `1,024 copies`."""
     return f"{copies:,} cop{'y' if copies == 1 else 'ies'}"
+
+
+def load_label(stage: Stage) -> str:
+    """What a stage asked for, in words: `32 copies`, `poisson, 4 requests/s`."""
+    return stage.title.rpartition(": ")[2] if stage.copies.asked is None else copies_label(stage.copies.asked)
+
+
+def asked(stage: Stage) -> str:
+    """What a stage asked for, short: `32` copies, `4/s` requests; a trace has its own rate."""
+    if stage.copies.asked is not None:
+        return f"{stage.copies.asked:,}"
+    rate = stage.rate.asked_per_s if stage.rate else None
+    return f"{rate:.4g}/s" if rate is not None else stage.kind
 
 
 def half_width(value: Estimate) -> str:
@@ -141,9 +157,10 @@ def latency_row(stage: Stage) -> list[str]:
 
 
 def errors(stage: Stage) -> str:
-    """Errors of a stage with their share of the requests sent."""
-    failed = sum(stage.requests.errors.values())
-    return f"{failed:,} ({percent(failed / stage.requests.sent)})" if failed and stage.requests.sent else f"{failed:,}"
+    """Errors of a stage with their share of the requests sent, and arrivals that were dropped."""
+    failed, dropped = sum(stage.requests.errors.values()), stage.requests.dropped
+    told = f"{failed:,} ({percent(failed / stage.requests.sent)})" if failed and stage.requests.sent else f"{failed:,}"
+    return f"{told}, {dropped:,} dropped" if dropped else told
 
 
 def wh_per_page(stage: Stage) -> str:
@@ -163,8 +180,8 @@ def slo(stage: Stage) -> str:
 def shown_stage(summary: Summary) -> Stage | None:
     """The stage that the headline's figures are from: the one of N_SLO, else the fastest valid one, else none."""
     head = summary.headline
-    index = head.n_slo_stage if head.n_slo_stage is not None else head.best_stage
-    return next((stage for stage in summary.stages if stage.index == index), None)
+    at = (head.n_slo_stage, head.n_slo_level) if head.n_slo_stage is not None else (head.best_stage, head.best_level)
+    return next((stage for stage in summary.stages if (stage.index, stage.level) == at), None)
 
 
 def from_spec(summary: Summary, part: str) -> dict[str, Any]:
@@ -207,6 +224,15 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
         yield Text()
         yield _latency_table(summary)
         yield _wrapped("Latencies: p50 / p90 / p99, of requests sent and finished inside the window.", width, style="dim")
+    for search in summary.searches:
+        yield Text()
+        yield _wrapped(f"Search, stage {search.stage}: {search.sentence}", width)
+        yield _rows(SEARCH_HEADS, search_rows(search))
+    for stage in summary.stages:
+        if stage.steps:
+            yield Text()
+            yield _wrapped(f"Stage {place(stage)}, step by step", width, style="bold")
+            yield _rows(STEP_HEADS, step_rows(stage))
     for title, sentences in _sections(summary):
         if sentences:
             yield Text()
@@ -216,13 +242,15 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
 
 def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
     """The lists of sentences below the table."""
-    yield "SLO", [summary.headline.n_slo_sentence]
+    if all(summary.headline.n_slo_sentence != search.sentence for search in summary.searches):
+        yield "SLO", [summary.headline.n_slo_sentence]
     stage = shown_stage(summary)
     if stage is not None and stage.cost is not None:
-        yield f"Cost at {copies_label(stage.copies.asked)} (stage {stage.index})", list(_cost(stage, pages_unit(summary)))
+        yield f"Cost at {load_label(stage)} (stage {place(stage)})", list(_cost(stage, pages_unit(summary)))
     if summary.overhang is not None:
         yield f"Overhang: training over running, in {summary.overhang.ratio_unit}", list(_overhang(summary))
     yield "Verdicts", list(_verdicts(summary))
+    yield "Driver", list(driver_lines(summary))
     yield "Checks", list(_checks(summary))
     yield "Beside yours: published figures", [f"{each.name}: {each.figure} ({each.conditions})" for each in summary.references]
 
@@ -239,7 +267,18 @@ def _legend(summary: Summary) -> str:
     pages = pages_unit(summary)
     unit = f"{_MONEY_HEADS[pages]} is $ per {pages:,} pages. " if pages > 1 else ""
     means = "N_run: time-mean of copies in flight, driver / servers. TTFT, TPOT: p50 / p99."
-    return f"{means} {unit}A page is {summary.page_words} words."
+    timed = " In open loop (asked: requests/s) TTFT counts from the planned time, and errors hold dropped arrivals." if open_loop(summary) else ""
+    return f"{means}{timed} {unit}A page is {summary.page_words} words."
+
+
+def open_loop(summary: Summary) -> bool:
+    """Whether any stage asked for a rate."""
+    return any(stage.rate is not None for stage in summary.stages)
+
+
+def load_head(summary: Summary) -> str:
+    """The head of the column of loads."""
+    return "asked" if open_loop(summary) else "copies"
 
 
 def _conditions(summary: Summary) -> str:
@@ -254,7 +293,7 @@ def _table(summary: Summary) -> Table:
     """A row per stage."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
     pages = pages_unit(summary)
-    heads = ("stage", "copies", "N_run", "verdict", "tokens/s", "95 %", "per copy", "pages/h", "TTFT", "TPOT", "errors")
+    heads = ("stage", load_head(summary), "N_run", "verdict", "tokens/s", "95 %", "per copy", "pages/h", "TTFT", "TPOT", "errors")
     for head in (*heads, _MONEY_HEADS[pages], "Wh/page", "SLO"):
         table.add_column(head, justify="left" if head == "verdict" else "right", overflow="fold")
     for stage in summary.stages:
@@ -266,22 +305,98 @@ def _table(summary: Summary) -> Table:
 def _latency_table(summary: Summary) -> Table:
     """A row of latencies per stage."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
-    for head in ("stage", "copies", "verdict", *LATENCIES.values(), "words/token"):
+    for head in ("stage", load_head(summary), "verdict", *LATENCIES.values(), "words/token"):
         table.add_column(head, justify="left" if head == "verdict" else "right", overflow="fold")
     for stage in summary.stages:
         style = STYLES[stage.verdict.level] if stage.verdict.level != "valid" else None
         badge = BADGES[stage.verdict.level].replace("latency withheld", "withheld")
-        cells = [str(stage.index), counted(stage.copies.asked), badge, *(cell.replace(" / ", "/") for cell in latency_row(stage))]
+        cells = [place(stage), asked(stage), badge, *(cell.replace(" / ", "/") for cell in latency_row(stage))]
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
+
+
+SEARCH_HEADS = ("level", "load", "verdict", "attained", "95 % (Wilson)", "errors", "streams", "in flight", "tokens/s", "per copy", "stage")
+STEP_HEADS = ("asked", "from – to", "arrivals", "dropped", "errors", "tokens/s", "in flight", "TTFT p50 / p99")
+
+
+def search_rows(search: Search) -> list[list[str]]:
+    """A row per level that a search tried, in SEARCH_HEADS' order."""
+    return [
+        [
+            str(one.level + 1),
+            f"{one.load:,.0f}" if search.over == "copies" else f"{one.load:.4g}/s",
+            one.verdict,
+            percent(one.attainment),
+            DASH if one.wilson_low is None or one.wilson_high is None else f"{100 * one.wilson_low:.1f} – {100 * one.wilson_high:.1f} %",
+            percent(one.error_fraction),
+            f"{one.judged:,}",
+            number(one.in_flight),
+            number(one.output_tokens_per_s),
+            number(one.output_tokens_per_s_per_copy),
+            BADGES[one.stage_verdict],
+        ]
+        for one in search.levels
+    ]
+
+
+def step_rows(stage: Stage) -> list[list[str]]:
+    """A row per rate of a `steps` stage, in STEP_HEADS' order."""
+    hidden = "withheld" if stage.verdict.level == "latency_withheld" else DASH
+    return [
+        [
+            f"{step.rate_asked_per_s:g}/s",
+            f"{step.start_s:.0f} – {step.end_s:.0f} s",
+            f"{step.arrivals:,}",
+            f"{step.dropped:,}",
+            f"{step.errors:,}",
+            number(step.output_tokens_per_s),
+            number(step.in_flight),
+            seconds(step.ttft_s.p50, step.ttft_s.p99) if step.ttft_s else hidden,
+        ]
+        for step in stage.steps
+    ]
+
+
+def _rows(heads: tuple[str, ...], rows: list[list[str]]) -> Table:
+    """A plain table."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+    for head in heads:
+        table.add_column(head, justify="left" if head in {"verdict", "stage"} else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def driver_lines(summary: Summary) -> Iterator[str]:
+    """Where the driver was the limit, with what would cure it; else how far it was from being it."""
+    limited = [stage for stage in summary.stages if stage.driver.limited]
+    for stage in limited:
+        cure = f" Cure: {stage.driver.cure}" if stage.driver.cure else ""
+        yield f"stage {place(stage)}: {stage.driver.sentence}{cure}"
+    if summary.stages and not limited:
+        count = len(summary.stages)
+        yield f"The driver was not the limit in {'the one stage' if count == 1 else f'any of {count} stages'}. At most: {worst(summary)}."
+
+
+def worst(summary: Summary) -> str:
+    """The worst that any worker showed in any stage."""
+    each = [worker for stage in summary.stages for worker in stage.driver.workers]
+    known: list[tuple[str, list[float | None], Callable[[float], str]]] = [
+        ("of a core", [one.cpu_fraction for one in each], percent),
+        ("loop lag (p99)", [one.loop_lag_p99_s for one in each], seconds),
+        ("send lag (p99)", [one.send_lag_p99_s for one in each], seconds),
+        ("of what this machine's driver can read", [stage.driver.roofline_fraction for stage in summary.stages], percent),
+    ]
+    said = [f"{write(max(v for v in values if v is not None))} {name}" for name, values, write in known if any(v is not None for v in values)]
+    return ", ".join(said) or "nothing was recorded"
 
 
 def _row(stage: Stage, pages: int) -> list[str]:
     """The cells of a stage, in the table's order."""
     copies, through, cost = stage.copies, stage.throughput, stage.cost
     return [
-        str(stage.index),
-        counted(copies.asked),
+        place(stage),
+        asked(stage),
         f"{number(copies.n_run_client)}/{number(copies.n_run_server)}",
         BADGES[stage.verdict.level].replace("latency withheld", "withheld"),
         number(through.output_tokens_per_s.value) if through else DASH,
@@ -290,7 +405,7 @@ def _row(stage: Stage, pages: int) -> list[str]:
         number(through.pages_per_hour).replace(" million", "M") if through else DASH,
         latency(stage, "ttft_s").replace(" / ", "/"),
         latency(stage, "tpot_s").replace(" / ", "/"),
-        f"{sum(stage.requests.errors.values()):,}",
+        f"{sum(stage.requests.errors.values()) + stage.requests.dropped:,}",
         money(cost.usd_per_page.mid * pages) if cost and cost.usd_per_page else DASH,
         "none" if wh_per_page(stage) == "not measured" else wh_per_page(stage),
         slo(stage),
@@ -331,9 +446,9 @@ def _verdicts(summary: Summary) -> Iterator[str]:
     """Why a stage is not simply valid, and what else was noticed."""
     for stage in summary.stages:
         for reason in stage.verdict.reasons:
-            yield f"stage {stage.index}, {BADGES[stage.verdict.level]}: {reason.sentence} ({reason.code})"
+            yield f"stage {place(stage)}, {BADGES[stage.verdict.level]}: {reason.sentence} ({reason.code})"
         for note in stage.verdict.notes:
-            yield f"stage {stage.index}, note: {note.sentence} ({note.code})"
+            yield f"stage {place(stage)}, note: {note.sentence} ({note.code})"
 
 
 def _checks(summary: Summary) -> Iterator[str]:
@@ -341,6 +456,6 @@ def _checks(summary: Summary) -> Iterator[str]:
     checks = all_checks(summary)
     for stage, check in checks:
         if check.outcome != "passed":
-            yield f"stage {stage.index}, {OUTCOMES[check.outcome]}: {check.sentence} ({check.name})"
+            yield f"stage {place(stage)}, {OUTCOMES[check.outcome]}: {check.sentence} ({check.name})"
     if checks:
         yield f"{sum(check.outcome == 'passed' for _, check in checks)} of {len(checks)} identity checks passed."
