@@ -108,7 +108,7 @@ class Player:
         self._wait_for_users(len(plan.starts) if isinstance(plan, ClosedPlan) else min(plan.slots, len(plan.arrivals)))
         gevent.sleep(max(0.0, (begin_ns - time.perf_counter_ns()) / 1e9))
         level = self.level = Level(plan, time.perf_counter_ns(), searching=load is not None)
-        recorder.begin(plan.stage, plan.level)
+        recorder.begin(plan.stage, plan.level, len(plan.starts) if isinstance(plan, ClosedPlan) else None)
         recorder.events.write("stage_start", **place, load=load, workers=workers)
         mark = gevent.spawn_later(plan.warm_s, recorder.mark) if level.searching else None
         if isinstance(plan, ClosedPlan):
@@ -123,7 +123,7 @@ class Player:
         if mark is not None:
             mark.kill()
         recorder.events.write("stage_drained", **place)
-        recorder.begin(-1, 0)
+        recorder.begin(-1, 0, None)
         self.phase = "settle"
         return self._report(level, health)
 

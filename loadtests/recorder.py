@@ -45,16 +45,16 @@ class Recorder:
         self._marked_lags_us: list[int] | None = None  # since the mark, where one was set
         self._mark = (0.0, 0.0)
         self._stage, self._level = -1, 0
+        self._copies: int | None = None
         self.phase: Callable[[], str] = lambda: "ramp"
-        self.copies_asked: float | None = None
         self.in_flight = 0
         self.sent = 0
         self.outcomes: Counter[str] = Counter()
         self.closed = False
 
-    def begin(self, stage: int, level: int) -> None:
-        """A level begins; -1: none is being played."""
-        self._stage, self._level, self._marked_lags_us = stage, level, None
+    def begin(self, stage: int, level: int, copies: int | None) -> None:
+        """A level begins, with this many copies of this process' in closed loop; -1: none is being played."""
+        self._stage, self._level, self._copies, self._marked_lags_us = stage, level, copies, None
 
     def mark(self) -> None:
         """The warm-up of a search's level is over: `since_mark` counts from here."""
@@ -154,9 +154,8 @@ class Recorder:
         )
         if self._exporter is not None:
             self._exporter.sample(
-                stage=self._stage, level=self._level, phase=self.phase(), copies_asked=self.copies_asked, in_flight=self.in_flight,
+                stage=self._stage, level=self._level, phase=self.phase(), copies_asked=self._copies, in_flight=self.in_flight,
                 sent=self.sent, events=self._reader.events, loop_lag_us=lags_us, cpu_s=cpu_s, rss_bytes=rss_bytes,
-                dropped=self.outcomes["dropped"],
             )  # fmt: skip
 
     def flush(self) -> None:

@@ -1,0 +1,160 @@
+"""A driver worker's own metrics page for Prometheus, cheap enough to be on always.
+
+Nothing here runs per token: a finished request adds its gaps to an array of bucket counts in one numpy call, and a page is made from
+plain numbers when it is asked for. The page is served from the worker's own event loop, so making it must be short.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gevent.pywsgi import WSGIServer
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import make_wsgi_app
+from prometheus_client.registry import CollectorRegistry
+
+from kilocopy import metrics, price
+from kilocopy.metrics import RUN_LABELS
+from kilocopy.search import attains
+from kilocopy.spec import ClosedStage, Owned, SearchStage, Spec
+
+Values = tuple[str, ...]
+
+
+class _Buckets:
+    """Counts of a histogram for each set of label values; `sum` is exact, for these come from raw values."""
+
+    def __init__(self, metric: metrics.Metric) -> None:
+        self.metric = metric
+        self._edges = np.array(metric.buckets)
+        self._counts: dict[Values, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(len(metric.buckets) + 1, np.int64))
+        self._sums: dict[Values, float] = defaultdict(float)
+
+    def add(self, labels: Values, values: npt.NDArray[np.float64]) -> None:
+        """Count values, in the metric's unit; a value on an edge is inside (le)."""
+        if len(values):
+            self._counts[labels] += np.bincount(np.searchsorted(self._edges, values, side="left"), minlength=len(self._edges) + 1)
+            self._sums[labels] += float(values.sum())
+
+    def add_one(self, labels: Values, value: float) -> None:
+        """As `add`, without making an array for one value."""
+        self._counts[labels][int(np.searchsorted(self._edges, value, side="left"))] += 1
+        self._sums[labels] += value
+
+    def family(self, constant: Values) -> HistogramMetricFamily:
+        """As prometheus_client writes it."""
+        metric = self.metric
+        family = HistogramMetricFamily(metric.name, metric.help, labels=(*RUN_LABELS, *metric.labels))
+        names = [*(f"{edge:g}" for edge in metric.buckets), "+Inf"]
+        for labels, counts in self._counts.items():
+            buckets = list(zip(names, np.cumsum(counts).tolist(), strict=True))
+            family.add_metric((*constant, *labels), buckets=buckets, sum_value=self._sums[labels])
+        return family
+
+
+class Exporter:
+    """Serves this worker's metrics at /metrics. `finished` for every row, `sample` once a second."""
+
+    def __init__(self, constant: Mapping[str, str], spec: Spec, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._constant: Values = tuple(constant[name] for name in RUN_LABELS)
+        self._spec = spec
+        self._open_loop = [_is_open(stage) for stage in spec.stages]
+        self._counters: dict[metrics.Metric, dict[Values, float]] = defaultdict(lambda: defaultdict(float))
+        self._gauges: dict[metrics.Metric, dict[Values, float]] = defaultdict(dict)
+        self._histograms = {m: _Buckets(m) for m in (metrics.TTFT, metrics.ICL, metrics.E2E, metrics.SEND_LAG, metrics.LOOP_LAG)}
+        self._state_prices()
+        registry = CollectorRegistry()
+        registry.register(self)
+        self._server = WSGIServer((host, port), make_wsgi_app(registry), log=None)
+        self._server.start()
+        self.port: int = self._server.server_port
+
+    def _state_prices(self) -> None:
+        """What the recording rules need for $/page: the spec's prices, as gauges, so that no rule holds a number."""
+        spec, prices = self._spec, self._spec.prices
+        self._gauges[metrics.PAGE_WORDS][()] = spec.page.words
+        self._gauges[metrics.DEVICES][()] = spec.cluster.devices
+        self._gauges[metrics.USD_PER_DEVICE_HOUR][(prices.hardware.kind,)] = price.usd_per_device_hour(spec, "mid")
+        self._gauges[metrics.PUE][()] = prices.pue.value
+        self._gauges[metrics.SLO_QUANTILE][()] = spec.slo.quantile
+        if isinstance(prices.hardware, Owned):
+            self._gauges[metrics.USD_PER_KWH][()] = prices.electricity_usd_per_kwh.value
+
+    def finished(self, row: Mapping[str, Any], gaps_us: npt.NDArray[np.uint32]) -> None:
+        """A row of records.REQUESTS: counted under its stage and outcome; latencies of ok rows only."""
+        stage = (str(row["stage"]),)
+        self._counters[metrics.REQUESTS][(*stage, row["outcome"])] += 1
+        open_loop = self._open_loop[row["stage"]]
+        if row["outcome"] != "cancelled":
+            self._counters[metrics.SLO_JUDGED][stage] += 1
+            held = row["outcome"] == "ok" and attains(row, self._spec.slo, from_scheduled=open_loop)
+            self._counters[metrics.SLO_ATTAINED][stage] += held
+        if row["sent_ns"] is not None:
+            self._histograms[metrics.SEND_LAG].add_one(stage, (row["sent_ns"] - row["scheduled_ns"]) / 1e9)
+        if row["outcome"] != "ok":
+            return
+        begun_ns = row["scheduled_ns"] if open_loop else row["sent_ns"]
+        self._counters[metrics.OUTPUT_TOKENS][stage] += row["output_tokens"]
+        self._counters[metrics.PROMPT_TOKENS][stage] += row["prompt_tokens"] or 0
+        self._counters[metrics.OUTPUT_WORDS][stage] += row["output_words"]
+        if row["first_token_ns"] is not None:
+            self._histograms[metrics.TTFT].add_one(stage, (row["first_token_ns"] - begun_ns) / 1e9)
+            self._histograms[metrics.E2E].add_one(stage, (row["last_token_ns"] - begun_ns) / 1e9)
+            self._histograms[metrics.ICL].add(stage, gaps_us / 1e6)
+
+    def sample(
+        self, *, stage: int, level: int, phase: str, copies_asked: float | None, in_flight: int, sent: int, events: int,
+        loop_lag_us: Sequence[int], cpu_s: float, rss_bytes: int,
+    ) -> None:  # fmt: skip
+        """The process as it is now. `stage` is -1 between stages; counters are totals over the run."""
+        self._gauges[metrics.STAGE].clear()
+        if stage >= 0:
+            kind = self._spec.stages[stage].arrival
+            self._gauges[metrics.STAGE][str(stage), str(level), phase, kind] = 1
+        self._gauges[metrics.COPIES_ASKED].clear()
+        if stage >= 0 and copies_asked is not None:
+            self._gauges[metrics.COPIES_ASKED][()] = copies_asked
+        self._gauges[metrics.IN_FLIGHT][()] = in_flight
+        self._gauges[metrics.RSS][()] = rss_bytes
+        for metric, total in ((metrics.SENT, sent), (metrics.EVENTS, events), (metrics.CPU, cpu_s)):
+            self._counters[metric][()] = total
+        self._histograms[metrics.LOOP_LAG].add((), np.asarray(loop_lag_us, dtype=np.float64) / 1e6)
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client: everything, as it is at this moment."""
+        for metric, counted in list(self._counters.items()):
+            counter = CounterMetricFamily(metric.name, metric.help, labels=(*RUN_LABELS, *metric.labels))
+            for labels, value in counted.items():
+                counter.add_metric((*self._constant, *labels), value)
+            yield counter
+        for metric, held in list(self._gauges.items()):
+            gauge = GaugeMetricFamily(metric.name, metric.help, labels=(*RUN_LABELS, *metric.labels))
+            for labels, value in held.items():
+                if not math.isnan(value):
+                    gauge.add_metric((*self._constant, *labels), value)
+            yield gauge
+        for histogram in self._histograms.values():
+            yield histogram.family(self._constant)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.stop(timeout=0)
+
+
+def _is_open(stage: Any) -> bool:
+    return stage.over == "rate_per_s" if isinstance(stage, SearchStage) else not isinstance(stage, ClosedStage)
+
+
+def write_file_sd(path: Path, targets: Sequence[str], labels: Mapping[str, str]) -> None:
+    """Write one group of targets as Prometheus' file_sd wants it, in one step. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps([{"targets": list(targets), "labels": dict(labels)}]) + "\n", encoding="utf-8")
+    temporary.replace(path)
