@@ -8,6 +8,7 @@ for many, the same in every figure. Ink, grid and background are the page's busi
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _COURSES: tuple[tuple[int, str, str, dict[str, Any]], ...] = (  # panel, field o
 
 
 CHANGING = {"ramp", "steps", "trace"}  # their means are of many loads: no point on an axis of load
+CURVES_NAMED = 8  # more names than that would take the place of the plot
 SAID = {"held": "#3d9a5f", "missed": RED, "unclear": ORANGE, "unsound": GREY}
 
 
@@ -64,8 +66,8 @@ def throughput(summary: Summary) -> Figure:
     if not stages:
         return Figure("plot-throughput", head, "", missing="No stage has a steady load and a window, so there is no throughput to plot.")
     plot = make_subplots(rows=1, cols=2, horizontal_spacing=0.1)
-    valid, void = _split(stages)
-    for group, style in ((valid, _solid(BLUE)), (void, _hollow())):
+    valid, timed, void = _split(stages)
+    for group, style in ((valid, _solid(BLUE)), (timed, _diamonds()), (void, _hollow())):
         if group:
             plot.add_trace(
                 go.Scatter(x=_asked(group), y=[_total(s) for s in group], error_y=_interval_bars(group, style["marker"]["color"]), **style),
@@ -74,8 +76,8 @@ def throughput(summary: Summary) -> Figure:
             )
             per_copy = [s.throughput.output_tokens_per_s_per_copy if s.throughput else None for s in group]
             plot.add_trace(go.Scatter(x=_asked(group), y=per_copy, **{**style, "showlegend": False}), 1, 2)
-    if valid:
-        plot.add_trace(_perfect(valid[0], max(_asked(stages))), 1, 1)
+    if valid or timed:
+        plot.add_trace(_perfect((valid or timed)[0], max(_asked(stages))), 1, 1)
     speed = from_spec(summary, "slo").get("tokens_per_s_per_copy")
     if speed:
         plot.add_hline(y=speed, line={"color": RED, "dash": "dash", "width": 1.5}, row=1, col=2)
@@ -153,7 +155,7 @@ def page_cost(summary: Summary) -> Figure:
     stages = [stage for stage in summary.stages if _usd(stage) and stage.kind not in CHANGING]
     if not stages:
         return Figure("plot-cost", head, "", missing="No stage has a price per page.")
-    valid, void = _split(stages)
+    valid, timed, void = _split(stages)
     per = pages_unit(summary)
     unit = "$ per page" if per == 1 else f"$ per {per:,} pages"
     plot = go.Figure()
@@ -171,7 +173,7 @@ def page_cost(summary: Summary) -> Figure:
                 name="price band",
             )
         )
-    for group, style in ((valid, _solid(BLUE)), (void, _hollow())):
+    for group, style in ((valid, _solid(BLUE)), (timed, _diamonds()), (void, _hollow())):
         if group:
             plot.add_trace(go.Scatter(x=_asked(group), y=[_mid(stage) * per for stage in group], **style))
     plot.update_xaxes(**_copies_axis(stages))
@@ -231,6 +233,9 @@ def _distribution(summary: Summary, *, field: str, name: str, head: str, axis: s
     plot.update_xaxes(title=axis, **_log_ticks(spread))
     plot.update_yaxes(title="percentile (%)", range=[0, math.log10(2 * most) * 1.02], **_percentile_ticks(most))
     caption = "How many of the values are at or under a time; the axis stretches towards the tail, as HdrHistogram's does."
+    if len(stages) > CURVES_NAMED:
+        plot.update_layout(showlegend=False)
+        caption += " Cool colours: few copies; warm: many; a curve says which when pointed at."
     return Figure(name, head, caption + note, _dressed(plot))
 
 
@@ -410,10 +415,12 @@ def _is_void(stage: Stage) -> bool:
     return stage.verdict.level == "void"
 
 
-def _split(stages: list[Stage]) -> tuple[list[Stage], list[Stage]]:
-    """Stages by copies: those a line may be drawn through, and the void ones."""
-    ordered = sorted(stages, key=lambda stage: (load_of(stage), stage.index))
-    return [stage for stage in ordered if not _is_void(stage)], [stage for stage in ordered if _is_void(stage)]
+def _split(stages: list[Stage]) -> tuple[list[Stage], list[Stage], list[Stage]]:
+    """Stages by copies: those a line may be drawn through, those of an open loop (where arrivals decide the copies), the void ones."""
+    ordered = sorted(stages, key=lambda stage: (load_of(stage), stage.index, stage.level))
+    valid = [stage for stage in ordered if not _is_void(stage)]
+    closed, timed = ([stage for stage in valid if (stage.kind == "closed") is kept] for kept in (True, False))
+    return closed, timed, [stage for stage in ordered if _is_void(stage)]
 
 
 def _asked(stages: list[Stage]) -> list[float]:
@@ -450,6 +457,11 @@ def _solid(colour: str) -> dict[str, Any]:
         "marker": {"color": colour, "size": 8},
         "name": "measured",
     }
+
+
+def _diamonds() -> dict[str, Any]:
+    """Valid stages of an open loop: at the copies that were in flight."""
+    return {"mode": "markers", "marker": {"color": ORANGE, "size": 9, "symbol": "diamond"}, "name": "open loop"}
 
 
 def _hollow() -> dict[str, Any]:
@@ -490,16 +502,18 @@ def _perfect(first: Stage, most: float) -> go.Scatter:
 
 
 def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
-    """Copies asked for, log scale, ticks at the loads that were run."""
-    loads = sorted(set(_asked(stages)))
+    """Copies, log scale; ticks at the loads that were asked for, where they are few, else at round numbers."""
+    loads, closed = sorted(set(_asked(stages))), sorted({float(one.copies.asked) for one in stages if one.copies.asked is not None})
     pad = max(0.08, 0.04 * math.log10(loads[-1] / loads[0]))
-    return {
-        "title": "copies asked for" if all(one.copies.asked is not None for one in stages) else "copies (in open loop: in flight, measured)",
+    axis: dict[str, Any] = {
+        "title": "copies asked for" if len(closed) == len(loads) else "copies (in open loop: in flight, measured)",
         "type": "log",
-        "tickvals": loads,
-        "ticktext": [f"{load:,.0f}" if load % 1 == 0 else number(load) for load in loads],
+        "tickvals": closed,
+        "ticktext": [f"{load:,.0f}" for load in closed],
         "range": [math.log10(loads[0]) - pad, math.log10(loads[-1]) + pad],
     }
+    crowded = any(b < a * 1.25 for a, b in itertools.pairwise(closed))
+    return axis | _log_ticks(loads) if crowded or len(closed) < 2 or len(closed) < len(loads) else axis
 
 
 def _log_ticks(values: list[float], write: Callable[[float | None], str] = number) -> dict[str, Any]:

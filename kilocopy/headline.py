@@ -152,7 +152,7 @@ def slo_words(slo: Slo) -> str:
 
 def _n_slo_sentence(slo: Slo, held: Stage | None, stages: Sequence[Stage], found: Sequence[Search]) -> str:
     """What N_SLO is, or why there is none; where a smaller load missed the SLO, it says so."""
-    rates = " ".join(one.sentence for one in found)
+    rates = " ".join(_besides(one) for one in found)
     if held is None and rates:
         return rates
     if held is None:
@@ -165,6 +165,13 @@ def _n_slo_sentence(slo: Slo, held: Stage | None, stages: Sequence[Stage], found
     copies = "copy" if held.copies.asked == 1 else "copies at once"
     attained = f"{100 * (held.copies.slo_attainment or 0):.1f} % did"
     return f"{held.copies.asked} {copies} held {slo_words(slo)} ({attained}).{aside}{bound} {rates}".strip()
+
+
+def _besides(found: Search) -> str:
+    """What a search says that is not N_SLO: a rate, that nothing held, or copies that no valid level vouches for."""
+    if found.over == "rate_per_s" or found.answer is None:
+        return found.sentence
+    return f"The search of stage {found.stage} came to {load(found.answer, found.over)}, but no level of that load is valid."
 
 
 def _closest(stages: Sequence[Stage]) -> str:

@@ -64,6 +64,9 @@ matchMedia("print").addEventListener("change", draw);
 def render_html(summary: Summary) -> str:
     """The whole report as one self-contained page; byte for byte the same from the same summary."""
     drawn = figures(summary)
+    notes = [(stage, f"{note.code}: {note.sentence}") for stage in summary.stages for note in stage.verdict.notes]
+    shared_said = [(stages, said) for stages, said in report.once(summary, notes) if stages.startswith("stages ")]
+    shared = {said for _, said in shared_said}
     pages = report.pages_unit(summary)
     plotly = get_plotlyjs()
     environment = Environment(
@@ -77,7 +80,8 @@ def render_html(summary: Summary) -> str:
         summary=summary,
         name=str(summary.run.get("name") or summary.run.get("id") or "run"),
         cards=_cards(summary),
-        stages=[_stage(stage, pages) for stage in summary.stages],
+        stages=[_stage(stage, pages, shared) for stage in summary.stages],
+        shared=shared_said,
         latencies=list(report.LATENCIES.values()),
         money_unit="$/page" if pages == 1 else f"$ per {pages:,} pages",
         figures=drawn,
@@ -173,8 +177,8 @@ def _energy_card(cost: Cost | None, at: str) -> dict[str, str]:
     return _card("Wh/page", number(wh.mid), detail, at, report.SOURCES[cost.energy_source])
 
 
-def _stage(stage: Stage, pages: int) -> dict[str, Any]:
-    """A row of the stage table: each cell is a main line and a small one."""
+def _stage(stage: Stage, pages: int, shared: set[str]) -> dict[str, Any]:
+    """A row of the stage table: each cell is a main line and a small one. Notes that several stages share stand below the table."""
     through, cost, copies = stage.throughput, stage.cost, stage.copies
     total = report.estimate(through.output_tokens_per_s) if through else (DASH, "")
     usd = times(cost.usd_per_page, pages) if cost and cost.usd_per_page else None
@@ -185,7 +189,7 @@ def _stage(stage: Stage, pages: int) -> dict[str, Any]:
         "title": f"{place(stage)}: {stage.title}",
         "kinds": _kinds(stage),
         "reasons": stage.verdict.reasons,
-        "notes": stage.verdict.notes,
+        "notes": [note for note in stage.verdict.notes if f"{note.code}: {note.sentence}" not in shared],
         "latency": report.latency_row(stage),
         "cells": [
             (report.asked(stage), _achieved(stage)),

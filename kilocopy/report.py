@@ -119,7 +119,7 @@ def asked(stage: Stage) -> str:
     if stage.copies.asked is not None:
         return f"{stage.copies.asked:,}"
     rate = stage.rate.asked_per_s if stage.rate else None
-    return f"{rate:.4g}/s" if rate is not None else stage.kind
+    return f"{rate:.3g}/s" if rate is not None else stage.kind
 
 
 def half_width(value: Estimate) -> str:
@@ -443,19 +443,38 @@ def ratio_line(ratio: Ratio) -> str:
 
 
 def _verdicts(summary: Summary) -> Iterator[str]:
-    """Why a stage is not simply valid, and what else was noticed."""
+    """Why a stage is not simply valid, and what else was noticed; what is said of several stages is said once."""
     for stage in summary.stages:
         for reason in stage.verdict.reasons:
             yield f"stage {place(stage)}, {BADGES[stage.verdict.level]}: {reason.sentence} ({reason.code})"
-        for note in stage.verdict.notes:
-            yield f"stage {place(stage)}, note: {note.sentence} ({note.code})"
+    notes = [(stage, f"{note.sentence} ({note.code})") for stage in summary.stages for note in stage.verdict.notes]
+    yield from (f"{stages}, note: {said}" for stages, said in once(summary, notes))
+
+
+def once(summary: Summary, said: list[tuple[Stage, str]]) -> Iterator[tuple[str, str]]:
+    """Each sentence with the stages that it is said of: `stage 1`, `stages 0, 2 – 3.4` (from the first to the last in a row)."""
+    order = [place(stage) for stage in summary.stages]
+    for sentence in dict.fromkeys(sentence for _, sentence in said):
+        at = sorted({order.index(place(stage)) for stage, other in said if other == sentence})
+        runs = [[at[0], at[0]]]
+        for number in at[1:]:
+            if number == runs[-1][1] + 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        parts = [order[a] if a == b else f"{order[a]}{', ' if b == a + 1 else ' – '}{order[b]}" for a, b in runs]
+        yield f"stage{'s' if len(at) > 1 else ''} {', '.join(parts)}", sentence
 
 
 def _checks(summary: Summary) -> Iterator[str]:
     """Each check that failed or was not made, then how many there were."""
     checks = all_checks(summary)
-    for stage, check in checks:
-        if check.outcome != "passed":
-            yield f"stage {place(stage)}, {OUTCOMES[check.outcome]}: {check.sentence} ({check.name})"
+    amiss = [(stage, f"{_outcome(c)}{c.sentence} ({c.name})") for stage, c in checks if c.outcome != "passed"]
+    yield from (f"{stages}, {said}" for stages, said in once(summary, amiss))
     if checks:
         yield f"{sum(check.outcome == 'passed' for _, check in checks)} of {len(checks)} identity checks passed."
+
+
+def _outcome(check: Check) -> str:
+    """A check's outcome before its sentence, where that does not say it itself."""
+    return "" if check.sentence.startswith("Not checked: ") else f"{OUTCOMES[check.outcome]}: "

@@ -168,7 +168,7 @@ def find(asked: PlainStage, span: Span, streams: Streams, last_s: float) -> Foun
         return Found(None, (_too_short(start_s, end_s),))
     end = "it stopped asking" if span.stop_s is not None else "the last record (the stage was cut off)"
     if isinstance(asked, RampStage | StepsStage | TraceStage):
-        said = f"A {asked.arrival} changes its load all the time: its means are over all of it, and no steady state is claimed."
+        said = f"A {asked.arrival} stage changes its load all the time: its means are over all of it, and no steady state is claimed."
         note = Reason(code="not-steady-by-design", sentence=said)
         return Found(_window(start_s, end_s, f"from the end of the warm-up until {end}"), (), (note,))
     if not span.whole:  # rows are missing: what they look like is not the server's doing

@@ -23,11 +23,15 @@ from kilocopy.summary import (
     Latency,
     Overhang,
     Percentiles,
+    Rate,
     Ratio,
     Reason,
     Reference,
     Requests,
+    Search,
+    SearchLevel,
     Stage,
+    Step,
     Summary,
     Throughput,
     Verdict,
@@ -293,6 +297,7 @@ def timeline(stages: list[Stage]) -> list[Bin]:
     draw, bins = random.Random(7), []  # noqa: S311  # example data
     for one in stages:
         total = one.throughput.output_tokens_per_s.value if one.throughput else 0.0
+        copies = one.copies.asked or round(one.copies.n_run_client or 0)
         for second in range(int(STAGE_S) + 5):
             level = min(1.0, second / 3) if second < 70 else max(0.0, 1 - (second - 70) / 4)
             bins.append(
@@ -300,9 +305,9 @@ def timeline(stages: list[Stage]) -> list[Bin]:
                     t_s=one.start_s + second,
                     stage=one.index if second < STAGE_S else -1,
                     output_tokens_per_s=total * level * draw.gauss(1, 0.03),
-                    in_flight=math.ceil(one.copies.asked * level),
-                    server_running=None if one.copies.n_run_server is None else one.copies.asked * level * 0.99,
-                    server_waiting=None if one.copies.n_run_server is None else (2.0 if one.copies.asked > 40 and second < 3 else 0.0),
+                    in_flight=math.ceil(copies * level),
+                    server_running=None if one.copies.n_run_server is None else copies * level * 0.99,
+                    server_waiting=None if one.copies.n_run_server is None else (2.0 if copies > 40 and second < 3 else 0.0),
                     errors=1 if one.requests.errors and second % 25 == 20 else 0,
                 )
             )
@@ -548,4 +553,83 @@ def interrupted() -> Summary:
     )
 
 
-ALL = {"good": good, "awkward": awkward, "interrupted": interrupted}
+def searched() -> Summary:
+    """An open-loop stage, one of steps with drops, and a search over copies whose last load the driver could not hold."""
+    valid = Verdict(level="valid", reasons=[], notes=[])
+    full = Reason(code="sends-dropped", sentence="12 of 300 arrivals (4.0 %) were never sent: max_in_flight (64) was reached.")
+    design = Reason(code="not-steady-by-design", sentence="A steps stage changes its load all the time: no steady state is claimed.")
+    cpu = Reason(code="driver-cpu", sentence="The driver used 99 % of a core (limit 95 %), so chunks waited to be read.")
+    host = {"usd_per_hour": 1.37, "cost_sentence": "Capital and electricity of the one GPU and its host."}
+    timed = stage(0, 24, 118.0, 560.0, slo_held=True, verdict=valid, **host).model_copy(
+        update={"kind": "poisson", "title": "poisson, 4 requests/s", "rate": Rate(asked_per_s=4, planned_per_s=4.1, sent_per_s=4.1, ended_per_s=4.0)}
+    )
+    stepped = stage(1, 30, 110.0, 560.0, slo_held=None, verdict=Verdict(level="void", reasons=[full], notes=[design]), **host)
+    ttft = percentiles([0.02, 0.03, 0.04, 0.11])
+    rows = [
+        Step(
+            rate_asked_per_s=rate, start_s=90 + 20 * i, end_s=110 + 20 * i, arrivals=20 * rate, dropped=6 * i, errors=0,
+            output_tokens_per_s=500.0 * rate, in_flight=5.5 * rate, ttft_s=ttft,
+        )
+        for i, rate in enumerate((2, 4, 8))
+    ]  # fmt: skip
+    requests = stepped.requests.model_copy(update={"scheduled": stepped.requests.sent + 18, "dropped": 18})
+    stepped = stepped.model_copy(
+        update={
+            "kind": "steps", "title": "steps, 3 rates to 8 requests/s", "steps": rows, "requests": requests,
+            "rate": Rate(asked_per_s=14 / 3, planned_per_s=4.7, sent_per_s=4.4, ended_per_s=4.4),
+        }
+    )  # fmt: skip
+    timed, stepped = (one.model_copy(update={"copies": one.copies.model_copy(update={"asked": None})}) for one in (timed, stepped))
+    tried = [(16, 125.0, True), (32, 112.0, True), (64, 76.0, False), (48, 88.0, True), (56, 81.0, None)]
+    levels = []
+    for level, (load, speed, held) in enumerate(tried):
+        verdict = valid if held is not None else Verdict(level="latency_withheld", reasons=[cpu], notes=[])
+        one = stage(2 + level, load, speed, 600.0, slo_held=held, verdict=verdict, **host)
+        levels.append(one.model_copy(update={"index": 2, "level": level, "load": float(load), "title": f"search level {level + 1}: {load} copies"}))
+    said = {True: "held", False: "missed", None: "unsound"}
+    search = Search(
+        stage=2,
+        over="copies",
+        answer=48,
+        low=48,
+        high=64,
+        reason="unsound",
+        sentence="48 copies held the SLO (98.4 % of 1,000 streams did, [97.4, 99.0] %); 48 clearly held, 64 clearly missed; "
+        "the driver, and not the server, was the limit at the next load.",
+        levels=[
+            SearchLevel(
+                level=level, load=load, judged=1000 if held is not None else 0, attained=one.copies.slo_attained,
+                attainment=one.copies.slo_attainment, wilson_low=None if held is None else 0.974 if held else 0.382,
+                wilson_high=None if held is None else 0.990 if held else 0.443, error_fraction=0.0, verdict=said[held],  # type: ignore[arg-type]
+                output_tokens_per_s=load * speed, output_tokens_per_s_per_copy=speed, in_flight=load, stage_verdict=one.verdict.level,
+            )
+            for level, ((load, speed, held), one) in enumerate(zip(tried, levels, strict=True))
+        ],
+    )  # fmt: skip
+    stages = [timed, stepped, *levels]
+    tree = run("searched", "meta-llama/Llama-3.1-8B", H100, 80.0, 0.5)
+    tree["driver_roofline"] = {
+        "events_per_s": 48_000, "cpu_us_per_event": 14.6, "streams_at_50_per_s": 960, "cores": 52, "fd_limit": 65_536, "ephemeral_ports": 28_232,
+    }  # fmt: skip
+    return good().model_copy(
+        update={
+            "run": tree,
+            "status_sentence": "Complete: 3 of 3 stages ran to the end.",
+            "stages": stages,
+            "searches": [search],
+            "timeline": timeline(stages),
+            "overhang": None,
+            "headline": Headline(
+                n_slo=48,
+                n_slo_stage=2,
+                n_slo_level=3,
+                best_stage=2,
+                best_level=2,
+                n_slo_sentence=search.sentence,
+                sentence="48 copies of Llama-3.1-8B ran at once on this hardware: 4,199 tokens/s.",
+            ),
+        }
+    )
+
+
+ALL = {"searched": searched, "good": good, "awkward": awkward, "interrupted": interrupted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,109 @@ def test_a_complete_run_with_a_damaged_requests_file_says_so(tmp_path: Path) -> 
     summary = summarise(tmp_path)
     assert summary.status == "interrupted"
     assert f"requests/{path.name} is cut off" in summary.status_sentence
+
+
+# ---------------------------------------------------------------------------------------------------------------- searches
+
+
+SEARCH = {"arrival": "search", "start": 2, "limit": 16, "window_s": 20, "warmup_s": 1, "ramp_s": 1}
+
+
+def search_of(path: Path, loads: Sequence[float], holds: int, **changes: Any) -> Run:
+    """A search over these copies: up to `holds` of them every stream makes 10 tokens/s, more make 5; the SLO asks for 9."""
+    run, at_s = Run(path, synthetic.spec(stages=[SEARCH | changes])), 0.0
+    for level, load in enumerate(loads):
+        gaps_s = [0.1 if load <= holds else 0.2] * 9
+        at_s = run.stage(0, at_s, copies=round(load), place={"level": level, "load": load}, gaps_s=gaps_s) + 1
+    run.event("run_end", at_s, reason="complete")
+    return run
+
+
+def test_a_search_answers_from_its_records(tmp_path: Path) -> None:
+    """2, 4, 8 hold, 16 does not, 12 does not, 10 does, 11 does: the answer is 11, between 11 and 12."""
+    summary = summarise(search_of(tmp_path, [2, 4, 8, 16, 12, 10, 11], 11).close())
+    found = summary.searches[0]
+    assert (found.answer, found.low, found.high, found.reason) == (11, 11, 12, "precise")
+    assert [level.verdict for level in found.levels] == ["held", "held", "held", "missed", "missed", "held", "held"]
+    assert [stage.title for stage in summary.stages][:2] == ["search level 1: 2 copies", "search level 2: 4 copies"]
+    assert found.levels[0].judged == summary.stages[0].copies.slo_judged > 30
+    assert (summary.headline.n_slo, summary.headline.n_slo_stage, summary.headline.n_slo_level) == (11, 0, 6)
+    assert summary.headline.n_slo_sentence.startswith("11 copies held 9 tokens/s each and TTFT <= 1 s for 90 % of the streams (100.0 % of")
+    assert "12 copies clearly missed; held and missed loads are as close as precision_fraction asks" in found.sentence
+    assert (summary.status, summary.status_sentence) == ("complete", "Complete: 1 of 1 stage ran to the end.")
+
+
+def test_a_search_that_the_driver_ended_says_so(tmp_path: Path) -> None:
+    """At 8 copies the loop is late: that level says nothing about the server."""
+    run = search_of(tmp_path, [2, 4, 8, 8], 16)
+    starts = [json.loads(line) for line in (tmp_path / "events" / "driver-0.jsonl").read_text().splitlines()]
+    begun = [event["time_ns"] for event in starts if event["event"] == "stage_start"]
+    for ns in begun[2:]:
+        for second in range(3, 21):
+            run.lag((ns - synthetic.BASE_NS) / 1e9 + second, lag_us=60_000)
+    found = summarise(run.close()).searches[0]
+    assert (found.answer, found.reason) == (4, "unsound")
+    assert [level.verdict for level in found.levels] == ["held", "held", "unsound", "unsound"]
+    assert "the driver, and not the server, was the limit" in found.sentence
+
+
+def test_a_search_at_its_limit(tmp_path: Path) -> None:
+    found = summarise(search_of(tmp_path, [2, 4, 8, 16], 16).close()).searches[0]
+    assert (found.answer, found.high, found.reason) == (16, None, "limit")
+    assert "the true one may be larger" in found.sentence
+
+
+def test_a_search_in_which_nothing_held(tmp_path: Path) -> None:
+    summary = summarise(search_of(tmp_path, [2, 1], 0).close())
+    assert (summary.searches[0].answer, summary.headline.n_slo) == (None, None)
+    assert summary.searches[0].sentence.startswith("No load held the SLO")
+
+
+def test_a_search_over_rates_leaves_n_slo_to_closed_stages(tmp_path: Path) -> None:
+    run, at_s = Run(tmp_path, synthetic.spec(stages=[SEARCH | {"over": "rate_per_s"}])), 0.0
+    for level, rate in enumerate((2.0, 4.0)):
+        times_s = [at_s + n / rate for n in range(int(21 * rate))]
+        ended_s = run.arrivals(times_s, [10] * len(times_s), level=level)
+        run.marks(0, at_s, at_s + 21, ended_s, level=level, load=rate)
+        at_s = ended_s + 2
+    summary = summarise(run.end(at_s, "interrupted"))
+    assert (summary.searches[0].answer, summary.searches[0].over, summary.headline.n_slo) == (4.0, "rate_per_s", None)
+    assert summary.headline.n_slo_sentence.startswith("4 requests/s held")
+    assert [stage.title for stage in summary.stages] == ["search level 1: 2 requests/s", "search level 2: 4 requests/s"]
+
+
+def test_a_void_level_is_no_answer(tmp_path: Path) -> None:
+    """The servers counted half as many tokens at 4 copies: the search says 4, N_SLO does not."""
+    run = search_of(tmp_path, [2, 4], 16)
+    events = [json.loads(line) for line in (tmp_path / "events" / "driver-0.jsonl").read_text().splitlines()]
+    begun = [(event["time_ns"] - synthetic.BASE_NS) / 1e9 for event in events if event["event"] == "stage_start"]
+    settled = [(event["time_ns"] - synthetic.BASE_NS) / 1e9 for event in events if event["event"] == "stage_settled"]
+    run.scrape(begun[1] - 0.5, generation_tokens_total=0)
+    run.scrape(settled[1] + 0.1, generation_tokens_total=440)
+    summary = summarise(run.close())
+    assert {reason.code for reason in summary.stages[1].verdict.reasons} == {"counters-disagree"}
+    assert summary.headline.n_slo == 2
+    assert "The search of stage 0 came to 4 copies, but no level of that load is valid." in summary.headline.n_slo_sentence
+
+
+def test_a_run_without_an_end_may_be_going_on(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((1, 2)))
+    run.event("run_start", 0)
+    at_s = run.stage(0)
+    run.event("stage_start", at_s, stage=1)
+    sentence = summarise(run.close()).status_sentence
+    assert "was killed, or it is still running" in sentence
+    assert "was interrupted" not in sentence
+
+
+def test_a_run_that_lost_a_worker_is_complete_and_its_stage_void(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec((1,)))
+    at_s = run.stage(0)
+    run.event("stage_start", 0, stage=0, process="worker1")
+    run.event("worker_lost", 5, worker=1, stage=0, level=0, process="master")
+    path = run.end(at_s)
+    torn = (path / "requests" / "driver-0.arrow").read_bytes()[:-8]
+    (path / "requests" / "worker1.arrow").write_bytes(torn)
+    summary = summarise(path)
+    assert summary.status == "complete"
+    assert {reason.code for reason in summary.stages[0].verdict.reasons} == {"worker-lost"}

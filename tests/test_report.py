@@ -20,7 +20,7 @@ from rich.console import Console
 
 from kilocopy.figures import _power, figures
 from kilocopy.page import render_html
-from kilocopy.report import WIDTH, latency_row, money, number, pages_unit, print_report, seconds
+from kilocopy.report import WIDTH, latency_row, money, number, once, pages_unit, print_report, seconds
 from kilocopy.summary import Stage, Summary, Verdict
 from tests import summaries
 
@@ -291,3 +291,55 @@ def test_figures_are_json_without_infinities() -> None:
     for make in summaries.ALL.values():
         for figure in figures(make()):
             assert figure.plot is None or json.dumps(figure.plot.to_plotly_json(), allow_nan=False)
+
+
+def test_a_search_is_shown_level_by_level() -> None:
+    summary = summaries.searched()
+    text = terminal(summary)
+    assert "Search, stage 2: 48 copies held the SLO" in text
+    assert text.count("48 copies held the SLO") == 1  # not once more under SLO
+    rows = [line for line in text.splitlines() if re.match(r" +4 +48 +held", line)]
+    assert len(rows) == 1
+    assert "97.4 – 99.0 %" in rows[0]
+    assert "Cost at 48 copies (stage 2.4)" in text
+    page = without_plotly(render_html(summary))
+    assert "at 48 copies, stage 2.4" in page
+    drawn = next(figure for figure in figures(summary) if figure.id == "plot-search-2").plot
+    assert drawn is not None
+    assert {trace.name: tuple(trace.x) for trace in drawn.data} == {"held": (16, 32, 48), "missed": (64,)}
+    assert [shape.y0 for shape in drawn.layout.shapes] == [90, 0]  # the SLO's quantile; the answer is a vertical line
+
+
+def test_open_loop_stages_say_their_rate_and_stay_off_the_line() -> None:
+    summary = summaries.searched()
+    text = terminal(summary)
+    assert "4.67/s" in text
+    assert "TTFT counts from the planned time" in " ".join(text.split())
+    assert "Stage 1, step by step" in text
+    traces = next(figure for figure in figures(summary) if figure.id == "plot-throughput").plot
+    assert traces is not None
+    assert {trace.name: tuple(trace.x) for trace in traces.data if trace.xaxis == "x" and trace.name != "perfect scaling"} == {
+        "measured": (16, 32, 48, 56, 64),
+        "open loop": (24 * 0.994,),
+    }
+    assert "no steady state is claimed" in text
+    assert "asked" in text.splitlines()[3]
+    assert "copies" in terminal(summaries.good()).splitlines()[3]
+
+
+def test_the_drivers_limits_are_said_with_their_cure() -> None:
+    text = " ".join(terminal(summaries.searched()).split())
+    assert "stage 2.5: The driver was the limit" in text
+    assert "Cure: " in text
+    assert "not the limit in any of 4 stages. At most: " in " ".join(terminal(summaries.good()).split())
+    page = without_plotly(render_html(summaries.searched())).split('id="driver"')[1].split("</section>")[0]
+    assert "one driver process reads 48,000 events/s here, 14.6 µs of CPU an event" in page
+    assert page.count("<tr>") == 1 + len(summaries.searched().stages)
+    assert "was not measured" in render_html(summaries.good())
+
+
+def test_what_is_said_of_many_stages_is_said_once() -> None:
+    stages = summaries.searched().stages
+    summary = summaries.searched()
+    said = [(stages[i], "the same") for i in (0, 2, 3, 4, 6)] + [(stages[1], "another")]
+    assert {sentence: at for at, sentence in once(summary, said)} == {"the same": "stages 0, 2.1 – 2.3, 2.5", "another": "stage 1"}
