@@ -215,7 +215,8 @@ class _ChoicesReader(_PayloadReader):
         self._parsed, choices = True, event.get("choices") or ()
         for choice in choices:
             self.spoken.setdefault(choice.get("index", 0), []).append(_text(choice))
-        self._heard = choices[0].get("index", 0) if len(choices) == 1 else None
+        heard = [choice.get("index", 0) for choice in choices]
+        self._heard = heard[0] if len(heard) == 1 else None
 
     def _remember(self, payload: bytes, text: str) -> None:
         super()._remember(payload, text)

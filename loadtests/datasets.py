@@ -38,9 +38,10 @@ class Row:
 
 
 class Rows:
-    """Rows by request number, in a seeded order that begins anew when all have been asked; `warn` is told of that once.
+    """Rows by request number, in a seeded order that begins anew when all have been asked; `warn` is told once when a row comes again.
 
-    The order is turned by one place each time round, so that numbers with a common step come to every row.
+    Numbers below the count of rows come to a row each. A number's place is the sum of its digits to the base of that count, so that
+    also numbers with a common step (those of one stage among several) come to all rows, or nearly, before one comes again.
     """
 
     def __init__(self, found: list[Row], seed: int, path: str, warn: Callable[[str], None]) -> None:
@@ -51,19 +52,26 @@ class Rows:
 
     def __call__(self, index: int) -> Row:
         """The row of request number `index`."""
-        place = (index + index // len(self._rows)) % len(self._rows)
+        place = self._place(index)
         if self._asked and self._asked[place]:
             self._warn(
-                f"{self._path} has {len(self._rows)} prompts and the run asks for more: they come again, and the server's prefix cache may answer"
+                f"{self._path}: its {len(self._rows)} prompts begin to come again, and the server's prefix cache may answer: give more rows"
             )
             self._asked = bytearray()
         elif self._asked:
             self._asked[place] = 1
         return self._rows[place]
 
+    def _place(self, index: int) -> int:
+        place, count = 0, len(self._rows)
+        while index and count > 1:
+            index, digit = divmod(index, count)
+            place += digit
+        return place % count
+
     def examples(self, index: int, count: int) -> list[Row]:
         """Rows with answers, other than the request's own where there are others, for its few-shot examples."""
-        first = index + index // len(self._rows)
+        first = self._place(index)
         steps = (1 + step % max(1, len(self._rows) - 1) for step in range(schedule.draw(self._seed, "examples", index), 2**40))
         return [self._rows[(first + step) % len(self._rows)] for step, _ in zip(steps, range(count), strict=False)]
 

@@ -155,7 +155,7 @@ class Passages:
             ends = [match.end() for match in re.finditer(r"\S+", corpus)]
         else:
             ends = [end - 1 for _, end in self._tokenizer.encode("x" + corpus, add_special_tokens=False).offsets]
-            ends = ends[ends.index(0) + 1 :] if 0 in ends else ends[1:]
+            ends = ends[sum(end <= 0 for end in ends) :]  # without the x; a mark put before it has its offsets too
         ends = [0, *ends]
         token_at = {end: index for index, end in enumerate(ends)}
         between = (0, *(match.start() for match in BETWEEN_WORDS.finditer(corpus)), len(corpus))

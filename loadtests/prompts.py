@@ -18,7 +18,8 @@ from loadtests.lengths import Lengths
 from loadtests.passages import Passages
 
 BLOCK_TOKENS = 512  # what one id of a trace's blocks stands for (Mooncake's traces)
-TOKENS_PER_PART = 12  # room that a few-shot question or answer needs at least, with its label
+QUESTION, ANSWER, BETWEEN = "Question: ", "\nAnswer: ", "\n\n"  # of few-shot prompts
+LEAST_TOKENS = 8  # room that a few-shot question or answer needs at least, the number in front included
 
 
 class Prompts:
@@ -35,6 +36,7 @@ class Prompts:
         if isinstance(source, SyntheticPrompts):
             self._lengths = Lengths(source.input_tokens, self._seed, "input_tokens")
             self._shared, self._prefixes = source.shared_prefix_fraction, source.prefixes
+            self._around = self._labels() if self._examples else 0
             self._check_room()
         else:
             self._rows = datasets.load(source, self._seed, warn, answers=self._examples > 0)
@@ -42,13 +44,20 @@ class Prompts:
         self._block = lru_cache(8192)(self._make_block)
 
     def _check_room(self) -> None:
-        needed = TOKENS_PER_PART * (2 * self._examples + 1)
+        needed = LEAST_TOKENS * (2 * self._examples + 1) + self._around
         room = int(self._lengths.low * (1 - self._shared))
         if self._examples and room < needed:
             raise ProblemError(
                 f"workload.prompts.input_tokens: {self._lengths.low} tokens, {room} of them not shared, are too few for {self._examples} examples "
-                f"and a question: give {needed} or more, or fewer examples"
+                f"and a question: give {needed} unshared or more, or fewer examples"
             )
+
+    def _labels(self) -> int:
+        """Tokens around the parts of a few-shot prompt: the words that say what is question and answer; chat has roles instead."""
+        if self._chat:
+            return 0
+        around = self._examples * (QUESTION + "x" + ANSWER + "x" + BETWEEN) + QUESTION + "x" + ANSWER.rstrip()
+        return self._made().count("1." + around)
 
     def row(self, index: int) -> Row:
         """What request number `index` asks: messages, and the length of its answer where the data set has it."""
@@ -139,20 +148,18 @@ class Prompts:
         """Synthetic examples and a question of about equal lengths, `length` tokens together."""
         passages = self._made()
         prefix, shared = self._front(index, length)
-        part = (length - shared) // (2 * self._examples + 1)
+        part = (length - shared - self._around) // (2 * self._examples + 1)
         numbers = (schedule.draw(self._seed, "example", index, place) for place in range(2 * self._examples))
         if not self._chat:
-            texts = [passages.text(part - 4, number, known=0).strip() for number in numbers]
-            head = (f"\n{index}. " if shared else f"{index}. ") + "".join(
-                f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in zip(texts[::2], texts[1::2], strict=True)
-            )
-            rest = passages.text(length, index, head + "Question:", "\nAnswer:", known=shared or None)
+            texts = [passages.text(part, number, known=0).strip() for number in numbers]
+            head = (f"\n{index}. " if shared else f"{index}. ") + _shown(list(zip(texts[::2], texts[1::2], strict=True)))
+            rest = passages.text(length, index, head + QUESTION.rstrip(), ANSWER.rstrip(), known=shared or None)
             return [{"role": "user", "content": prefix + rest}]
         # Each message is counted on its own, as the template parts them; the first begins with the shared prefix and the number.
         contents = [prefix + passages.text(shared + part, next(numbers), f"\n{index}." if shared else f"{index}.", known=shared or None)]
         contents += [passages.text(part, number) for number in numbers]
-        rest = length - shared - part * 2 * self._examples
-        return _as_chat(list(zip(contents[::2], contents[1::2], strict=True)), passages.text(rest, index))
+        left = length - shared - part * 2 * self._examples
+        return _as_chat(list(zip(contents[::2], contents[1::2], strict=True)), passages.text(left, index))
 
 
 def _as_chat(examples: list[tuple[str, str]], question: str) -> list[Message]:
@@ -161,5 +168,8 @@ def _as_chat(examples: list[tuple[str, str]], question: str) -> list[Message]:
 
 
 def _as_text(examples: list[tuple[str, str]], question: str) -> list[Message]:
-    shown = "".join(f"Question: {asked}\nAnswer: {answer}\n\n" for asked, answer in examples)
-    return [{"role": "user", "content": f"{shown}Question: {question}\nAnswer:"}]
+    return [{"role": "user", "content": f"{_shown(examples)}{QUESTION}{question}{ANSWER.rstrip()}"}]
+
+
+def _shown(examples: list[tuple[str, str]]) -> str:
+    return "".join(f"{QUESTION}{asked}{ANSWER}{answer}{BETWEEN}" for asked, answer in examples)
