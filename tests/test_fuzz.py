@@ -117,18 +117,25 @@ def test_a_good_answer_is_the_same_wherever_it_is_split(reader: Reader, made: tu
 
 
 @SETTINGS
-@given(TEXTS, st.integers(1, 3), st.integers(0, 10**6))
-def test_chunks_in_reads_of_their_own_keep_their_times(reader: Reader, texts: list[str], group: int, place: int) -> None:
-    """As a server sends them: the way that is parsed at once, and with one cut more, which must not change what is seen."""
+@given(TEXTS, st.integers(1, 3), st.integers(0, 10**6), st.sampled_from([b"", b"0", b"00"]), st.integers(0, 200))
+@example(["a"], 1, -2, b"", 0)  # the answer's last byte by itself
+@example(["a", "a", "a", "a"], 1, 0, b"", 77)  # an extension as long as a whole chunk
+def test_chunks_in_reads_of_their_own_keep_their_times(
+    reader: Reader, texts: list[str], group: int, place: int, zeros: bytes, more: int
+) -> None:
+    """As a server sends them: the way that is parsed at once. One cut more, or chunks in another form, must not change what is seen."""
     data = good(texts, framing="chunks", line_end="\n", events_in_chunk=group)
     reads, rest = [CHUNKED.encode()], data[len(CHUNKED) :]
     while rest:
-        end = rest.index(b"\r\n") + 4 + int(rest[: rest.index(b"\r\n")], 16)
-        reads, rest = [*reads, rest[:end]], rest[end:]
+        size, _, _ = rest.partition(b"\r\n")
+        end = len(size) + 2 + int(size, 16) + 2
+        extension = b";" + b"x" * (more - 1) if more > 1 and len(reads) == 1 else b""
+        reads, rest = [*reads, zeros + size + extension + rest[len(size) : end]], rest[end:]
     for split in (reads, [*reads[:2], *cut(b"".join(reads[2:]), [place])]):
-        outcome, error, _, answer = play(reader, split)
+        outcome, error, stream, answer = play(reader, split)
         assert (outcome, error, answer.text) == ("ok", None, "".join(texts))
         assert [int(time_ns) for time_ns in answer.times_ns] == events_seen(split)
+        assert stream.finished_ns == 1000 * sum(map(bool, split))
 
 
 @SETTINGS
@@ -136,7 +143,9 @@ def test_chunks_in_reads_of_their_own_keep_their_times(reader: Reader, texts: li
 def test_a_cut_answer_is_typed_and_never_ok(reader: Reader, made: tuple[list[str], str, bytes], places: list[int], at: int, close: bool) -> None:
     texts, framing, data = made
     data = data[: at % len(data)]
-    outcome, error, _, answer = play(reader, cut(data, places), close=close)
+    reads = cut(data, places)
+    outcome, error, _, answer = play(reader, reads, close=close)
+    assert [int(time_ns) for time_ns in answer.times_ns] == events_seen(reads)
     complete = data.rstrip(b"\r\n").endswith(b"[DONE]") and answer.done  # without its last line ends, framed by the close alone
     if not (framing == "close" and close and complete):
         assert outcome in ({"refused", "truncated", "bad_stream"} if close else {"timeout_stall"})
