@@ -8,7 +8,6 @@ for many, the same in every figure. Ink, grid and background are the page's busi
 from __future__ import annotations
 
 import html
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,10 +116,8 @@ def search_figure(summary: Summary, search: Search) -> Figure:
         plot.add_hline(y=100 * quantile, line={"color": RED, "dash": "dash", "width": 1.5})
     if search.answer is not None:
         plot.add_vline(x=search.answer, line={"color": SAID["held"], "dash": "dot", "width": 1.5})
-    loads = sorted({one.load for one in shown})
-    pad = max(0.05, 0.04 * math.log10(loads[-1] / loads[0]))
-    ends = [math.log10(loads[0]) - pad, math.log10(loads[-1]) + pad]
-    plot.update_xaxes(title=unit, range=ends, **_log_ticks(loads))
+    loads = [one.load for one in shown]
+    plot.update_xaxes(title=unit, **_load_axis(loads, loads))
     plot.update_yaxes(title="streams that held the SLO (%)", range=[-3, 103])
     caption = "Bars: 95 % by Wilson. Dashed: the share that the SLO asks for. Dotted: the answer. A load tried twice counts together."
     return Figure(name, head, caption, _dressed(plot))
@@ -502,18 +499,23 @@ def _perfect(first: Stage, most: float) -> go.Scatter:
 
 
 def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
-    """Copies, log scale; ticks at the loads that were asked for, where they are few, else at round numbers."""
-    loads, closed = sorted(set(_asked(stages))), sorted({float(one.copies.asked) for one in stages if one.copies.asked is not None})
-    pad = max(0.08, 0.04 * math.log10(loads[-1] / loads[0]))
-    axis: dict[str, Any] = {
-        "title": "copies asked for" if len(closed) == len(loads) else "copies (in open loop: in flight, measured)",
-        "type": "log",
-        "tickvals": closed,
-        "ticktext": [f"{load:,.0f}" for load in closed],
-        "range": [math.log10(loads[0]) - pad, math.log10(loads[-1]) + pad],
-    }
-    crowded = any(b < a * 1.25 for a, b in itertools.pairwise(closed))
-    return axis | _log_ticks(loads) if crowded or len(closed) < 2 or len(closed) < len(loads) else axis
+    """Copies, log scale; ticks at loads that were asked for, as far as there is room."""
+    asked_for = [float(one.copies.asked) for one in stages if one.copies.asked is not None]
+    timed = len(asked_for) < len(stages)
+    title = "copies (in open loop: in flight, measured)" if timed else "copies asked for"
+    return {"title": title, **_load_axis(_asked(stages), asked_for)}
+
+
+def _load_axis(loads: list[float], ticks: list[float]) -> dict[str, Any]:
+    """A log axis over these loads; ticks a quarter apart at least, at round numbers where fewer than two are left."""
+    low, high = math.log10(min(loads)), math.log10(max(loads))
+    pad = max(0.08, 0.04 * (high - low))
+    kept: list[float] = []
+    for tick in sorted(set(ticks)):
+        if not kept or tick >= 1.25 * kept[-1]:
+            kept.append(tick)
+    labelled = {"type": "log", "tickvals": kept, "ticktext": [f"{tick:,.0f}" if tick % 1 == 0 else f"{tick:.3g}" for tick in kept]}
+    return {**(labelled if len(kept) > 1 else _log_ticks(loads)), "range": [low - pad, high + pad]}
 
 
 def _log_ticks(values: list[float], write: Callable[[float | None], str] = number) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _stage(stage: Stage, pages: int, shared: set[str]) -> dict[str, Any]:
             (number(through.pages_per_hour) if through else DASH, ""),
             (latency(stage, "ttft_s"), ""),
             (latency(stage, "tpot_s"), ""),
-            (report.errors(stage), ""),
+            (report.errors(stage), f"{stage.requests.dropped:,} dropped" if stage.requests.dropped else ""),
             (money(usd.mid if usd else None), interval(usd.low, usd.high, money) if usd else ""),
             (report.wh_per_page(stage), (interval(wh.low, wh.high) if wh else "")),
             (report.slo(stage), f"{percent(copies.slo_attainment)} held" if copies.slo_attainment is not None else ""),
@@ -209,7 +209,7 @@ def _stage(stage: Stage, pages: int, shared: set[str]) -> dict[str, Any]:
 
 def _achieved(stage: Stage) -> str:
     """What became of the rate that was asked for."""
-    return f"{number(stage.rate.sent_per_s)}/s sent, {number(stage.rate.ended_per_s)}/s ended" if stage.rate else ""
+    return f"{number(stage.rate.sent_per_s)}/s sent" if stage.rate else ""
 
 
 def _driver(stage: Stage) -> list[list[str]]:

@@ -157,10 +157,9 @@ def latency_row(stage: Stage) -> list[str]:
 
 
 def errors(stage: Stage) -> str:
-    """Errors of a stage with their share of the requests sent, and arrivals that were dropped."""
-    failed, dropped = sum(stage.requests.errors.values()), stage.requests.dropped
-    told = f"{failed:,} ({percent(failed / stage.requests.sent)})" if failed and stage.requests.sent else f"{failed:,}"
-    return f"{told}, {dropped:,} dropped" if dropped else told
+    """Errors of a stage with their share of the requests sent."""
+    failed = sum(stage.requests.errors.values())
+    return f"{failed:,} ({percent(failed / stage.requests.sent)})" if failed and stage.requests.sent else f"{failed:,}"
 
 
 def wh_per_page(stage: Stage) -> str:

@@ -753,6 +753,29 @@ def test_steps_have_a_row_each(tmp_path: Path) -> None:
     assert [step.ttft_s.p50 for step in stage.steps if step.ttft_s] == pytest.approx([0.1, 0.1])
 
 
+def test_steps_that_were_cut_short_have_fewer_rows(tmp_path: Path) -> None:
+    run = Run(tmp_path, synthetic.spec(stages=[{"arrival": "steps", "rates_per_s": [2, 4, 8], "step_s": 10, "warmup_s": 2}]))
+    for n in range(30):
+        run.stream(n / 2 + 0.02, copy=n, scheduled_ns=run.ns(n / 2))
+    run.marks(0, 0, 15, 16)
+    steps = stage_of(run.end(20)).steps
+    assert [(step.start_s, step.end_s) for step in steps] == [(2, 12), (12, 15)]
+    assert [step.ttft_s.p50 for step in steps if step.ttft_s] == pytest.approx([0.12, 0.12])  # from the plan
+
+
+def test_later_turns_of_a_conversation_are_no_arrivals(tmp_path: Path) -> None:
+    """5 conversations/s of two turns: 10 requests/s end, 5/s were planned and sent."""
+    run = Run(tmp_path, synthetic.timed(rate_per_s=5))
+    for n in range(210):
+        at_s = run.stream(n / 5, copy=n)
+        run.stream(at_s, copy=n, sequence=1)
+    run.marks(0, 0, 42, 44)
+    rate = stage_of(run.end(50)).rate
+    assert rate is not None
+    assert (rate.planned_per_s, rate.sent_per_s) == pytest.approx((5, 5), rel=0.02)
+    assert rate.ended_per_s == pytest.approx(10, rel=0.02)
+
+
 def test_a_ramp_is_not_steady_by_design(tmp_path: Path) -> None:
     stage = {"arrival": "ramp", "from_rate_per_s": 1, "to_rate_per_s": 9, "duration_s": 20, "warmup_s": 1}
     run = Run(tmp_path, synthetic.spec(stages=[stage]))
@@ -804,6 +827,22 @@ def test_the_worst_worker_is_judged_not_the_mean(tmp_path: Path) -> None:
     assert "of worker 1" in stage.verdict.reasons[0].sentence
     pooled = np.concatenate([[0.0001] * 2000, [0.02] * 6])
     assert np.percentile(pooled, 99) < 0.01
+
+
+def test_sends_are_judged_worker_by_worker(tmp_path: Path) -> None:
+    """1,050 requests, 5 of the 50 of worker 1 are 80 ms late: p99 of all is 0, of worker 1 it is 80 ms."""
+    run = Run(tmp_path, synthetic.timed(rate_per_s=25))
+    for n in range(1050):
+        late_s = 0.08 if n % 210 == 105 else 0.0
+        run.stream(n / 25 + late_s, copy=n, worker=int(n % 21 == 0), scheduled_ns=run.ns(n / 25))
+    run.marks(0, 0, 42, 44)
+    stage = stage_of(run.end(50))
+    assert [(one.send_lag_p99_s or 0) > 0.05 for one in stage.driver.workers] == [False, True]
+    late = next(reason for reason in stage.verdict.reasons if reason.code == "sends-late")
+    assert "of worker 1" in late.sentence
+    assert stage.latency is not None
+    assert stage.latency.send_lag_s is not None
+    assert stage.latency.send_lag_s.p99 == 0
 
 
 def test_a_worker_without_idle_time_withholds_latency_and_says_what_would_do(tmp_path: Path) -> None:

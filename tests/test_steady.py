@@ -43,6 +43,12 @@ def test_by_hand() -> None:
     assert steady.mser5(np.repeat(means, 5)) == (5 * int(np.argmin(errors)), False)
 
 
+def test_a_series_that_becomes_constant_is_cut_there() -> None:
+    """What follows has no variance at all, so rounding alone would tell its cuts apart."""
+    assert steady.mser5(np.concatenate([np.zeros(60), np.full(240, 0.1)])) == (60, False)
+    assert steady.mser5(np.concatenate([np.full(30, 7.3), np.full(470, 1 / 3)])) == (30, False)
+
+
 def test_white_noise_loses_little() -> None:
     cuts = [steady.mser5(noise(300, seed))[0] for seed in range(50)]
     assert np.median(cuts) <= 15
