@@ -106,14 +106,16 @@ def headline(spec: Spec, stages: Sequence[Stage], found: Sequence[Search], inter
     """The answer: the largest N that held the SLO, and the stage that made the most tokens."""
     counted = [stage for stage in stages if stage.verdict.level != "void" and stage.throughput is not None]
     best = max(counted, key=_tokens_per_s, default=None)
-    searched = _searched(stages, found)
+    searched, rated = _searched(stages, found, "copies"), _searched(stages, found, "rate_per_s")
     n_slo = searched[1] if searched else _largest(stages)
-    shown = n_slo or best
+    held = n_slo or (rated[1] if rated else None)
+    shown = held or best
     sentence = _answer(shown, spec) if shown else _no_answer(stages)
     return Headline(
         n_slo=n_slo.copies.asked if n_slo else None,
-        n_slo_stage=n_slo.index if n_slo else None,
-        n_slo_level=n_slo.level if n_slo else 0,
+        n_slo_stage=held.index if held else None,
+        n_slo_level=held.level if held else 0,
+        rate_slo_per_s=rated[0].answer if rated else None,
         n_slo_sentence=searched[0].sentence if searched else _n_slo_sentence(spec.slo, n_slo, stages, found),
         best_stage=best.index if best else None,
         best_level=best.level if best else 0,
@@ -121,12 +123,12 @@ def headline(spec: Spec, stages: Sequence[Stage], found: Sequence[Search], inter
     )
 
 
-def _searched(stages: Sequence[Stage], found: Sequence[Search]) -> tuple[Search, Stage] | None:
-    """The search over copies with the largest answer, and the level that shows it: one that is valid, else there is no answer."""
+def _searched(stages: Sequence[Stage], found: Sequence[Search], over: str) -> tuple[Search, Stage] | None:
+    """The search with the largest answer, and the level that shows it: one that is valid, else there is no answer."""
     answered = []
     for one in found:
         levels = [s for s in stages if s.index == one.stage and s.load == one.answer and s.verdict.level == "valid"]
-        if one.over == "copies" and one.answer is not None and levels:
+        if one.over == over and one.answer is not None and levels:
             answered.append((one, max(levels, key=lambda stage: (stage.copies.slo_judged, stage.level))))
     return max(answered, key=lambda pair: pair[0].answer or 0, default=None)
 

@@ -130,11 +130,11 @@ def _cards(summary: Summary) -> list[dict[str, str]]:
     if stage is None or stage.throughput is None:
         why = "there is no valid stage"
         return [_card(label, DASH, why, "", "not measured") for label in ("copies (N_SLO)", "tokens/s", "pages/hour", "$/page", "Wh/page")]
-    n_slo, through, cost = summary.headline.n_slo, stage.throughput, stage.cost
+    through, cost = stage.throughput, stage.cost
     at = f"at {load_label(stage)}, stage {place(stage)}"
     value, spread = report.estimate(through.output_tokens_per_s)
     return [
-        _card("copies (N_SLO)", f"{n_slo:,}" if n_slo is not None else DASH, _slo_detail(summary, stage), "", "measured"),
+        _slo_card(summary, stage),
         _card("output tokens/s", value, spread, at, "measured"),
         _card("pages/hour", number(through.pages_per_hour), f"{summary.page_words} words each", at, "measured"),
         _cost_card(cost, at, report.pages_unit(summary)),
@@ -146,10 +146,22 @@ def _card(label: str, value: str, detail: str, at: str, source: str) -> dict[str
     return {"label": label, "value": value, "detail": detail, "at": at, "source": source}
 
 
+def _slo_card(summary: Summary, stage: Stage) -> dict[str, str]:
+    """Copies within the SLO; where only a rate was sought, the rate."""
+    head = summary.headline
+    if head.n_slo is None and head.rate_slo_per_s is not None:
+        return _card("requests/s within the SLO", f"{head.rate_slo_per_s:.4g}", _held(stage), f"stage {place(stage)}", "measured")
+    return _card("copies (N_SLO)", f"{head.n_slo:,}" if head.n_slo is not None else DASH, _slo_detail(summary, stage), "", "measured")
+
+
 def _slo_detail(summary: Summary, stage: Stage) -> str:
     """What the headline number of copies stands for."""
     if summary.headline.n_slo is None:
         return "no stage held the SLO"
+    return _held(stage)
+
+
+def _held(stage: Stage) -> str:
     held = stage.copies.slo_attainment
     return f"{percent(held)} of the streams held the SLO" if held is not None else "held the SLO"
 

@@ -310,8 +310,9 @@ class Headline(Frozen):
     """The answer, or why there is none."""
 
     n_slo: int | None  # a search's answer where there is one, else the largest asked copies whose stage is valid and held the SLO
-    n_slo_stage: int | None
+    n_slo_stage: int | None  # of n_slo, else of rate_slo_per_s
     n_slo_level: int = 0
+    rate_slo_per_s: float | None = None  # the largest Poisson rate within the SLO, where a search over rates found one
     n_slo_sentence: str
     best_stage: int | None  # highest valid tokens/s
     best_level: int = 0

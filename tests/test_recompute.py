@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.records import write_json
@@ -217,6 +218,7 @@ def test_a_search_answers_from_its_records(tmp_path: Path) -> None:
     summary = summarise(search_of(tmp_path, [2, 4, 8, 16, 12, 10, 11], 11).close())
     found = summary.searches[0]
     assert (found.answer, found.low, found.high, found.reason) == (11, 11, 12, "precise")
+    assert summary.headline.rate_slo_per_s is None
     assert [level.verdict for level in found.levels] == ["held", "held", "held", "missed", "missed", "held", "held"]
     assert [stage.title for stage in summary.stages][:2] == ["search level 1: 2 copies", "search level 2: 4 copies"]
     assert found.levels[0].judged == summary.stages[0].copies.slo_judged > 30
@@ -261,7 +263,9 @@ def test_a_search_over_rates_leaves_n_slo_to_closed_stages(tmp_path: Path) -> No
         at_s = ended_s + 2
     summary = summarise(run.end(at_s, "interrupted"))
     assert (summary.searches[0].answer, summary.searches[0].over, summary.headline.n_slo) == (4.0, "rate_per_s", None)
+    assert (summary.headline.rate_slo_per_s, summary.headline.n_slo_stage, summary.headline.n_slo_level) == (4.0, 0, 1)
     assert summary.headline.n_slo_sentence.startswith("4 requests/s held")
+    assert "requests/s within the SLO" in render_html(summary)
     assert [stage.title for stage in summary.stages] == ["search level 1: 2 requests/s", "search level 2: 4 requests/s"]
 
 
