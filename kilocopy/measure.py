@@ -211,7 +211,7 @@ def _end_s(span: Span, recording: Recording) -> float:
 def stage(spec: Spec, recording: Recording, span: Span, manifest: Mapping[str, Any]) -> summary.Stage:
     """One level of a stage as measured, without its cost. `manifest`: what the run was (driver_shares_host, driver_roofline)."""
     asked = windows.played(spec, span)
-    streams = recording.streams.where((recording.streams.stage == span.index) & (recording.streams.level == span.level))
+    streams = _of(recording, span)
     found = windows.find(asked, span, streams, _end_s(span, recording))
     if found.window is not None:
         return _measured(spec, recording, span, streams, found, found.window, manifest=manifest)
@@ -374,6 +374,17 @@ def _steps(asked: StepsStage, span: Span, streams: Streams, *, withheld: bool) -
 def n_human(words_per_s: float | None) -> dict[str, float]:
     """Throughput equivalents: how many humans would read, speak or think as many words, by their words per minute."""
     return {} if words_per_s is None else {str(wpm): words_per_s / (wpm / 60) for wpm in HUMAN_WPM}
+
+
+def _of(recording: Recording, span: Span) -> Streams:
+    """The requests of one level of a stage."""
+    return recording.streams.where((recording.streams.stage == span.index) & (recording.streams.level == span.level))
+
+
+def block_tokens(recording: Recording, span: Span, window: summary.Window, blocks: int) -> Floats:
+    """Output tokens that arrived in each of so many equal parts of a window."""
+    times_s, weights = _tokens_in(_of(recording, span), window)
+    return np.asarray(np.histogram(times_s, bins=blocks, range=(window.start_s, window.end_s), weights=weights)[0], dtype=np.float64)
 
 
 def _tokens_in(streams: Streams, window: summary.Window) -> tuple[Floats, Floats]:

@@ -79,7 +79,11 @@ def _spec(run_dir: Path, manifest: dict[str, Any]) -> Spec:
 
 def _stage(spec: Spec, recorded: recording.Recording, span: windows.Span, manifest: dict[str, Any]) -> Stage:
     measured = measure.stage(spec, recorded, span, manifest)
-    return measured.model_copy(update={"cost": price.cost(spec, measured, recorded.energy)})
+    cost = price.cost(spec, measured, recorded.energy)
+    if cost is not None and measured.window is not None:
+        tokens = measure.block_tokens(recorded, span, measured.window, price.BLOCKS)
+        cost = cost.model_copy(update={"wh_per_page_measured": price.energy_interval(cost, measured, recorded.energy, tokens)})
+    return measured.model_copy(update={"cost": cost})
 
 
 def _status(

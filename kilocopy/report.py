@@ -424,7 +424,9 @@ def _cost(stage: Stage, pages: int) -> Iterator[str]:
         yield "Energy: not measured, so there is no Wh per page."
     else:
         how = f"{SOURCES[cost.energy_source]}, boundary {cost.energy_boundary or 'not stated'}"
-        yield f"Energy ({how}): {band(cost.wh_per_page)} Wh per page."
+        known = cost.wh_per_page_measured
+        spread = f" Measurement, 95 %: {interval(known.low, known.high)}." if known else ""
+        yield f"Energy ({how}): {band(cost.wh_per_page)} Wh per page.{spread}"
     yield cost.sentence
 
 

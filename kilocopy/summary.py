@@ -203,6 +203,7 @@ class Cost(Frozen):
     energy_boundary: str | None  # what the joules enclose: "gpu × PUE", "gpu+host × PUE"; "facility" where assumed
     facility_j: Band | None
     wh_per_page: Band | None
+    wh_per_page_measured: Estimate | None = None  # the middle with its measurement interval (paired block bootstrap); null under 30 s
     j_per_output_token: Band | None
     pages_per_kwh: Band | None
     electricity_usd_per_page: Band | None

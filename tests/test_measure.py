@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kilocopy import health, identity, measure, recording, steady, windows
 from kilocopy.records import Writer
 from kilocopy.spec import SearchStage, Spec
-from kilocopy.summary import Check, Reason, Stage, Window
+from kilocopy.summary import Check, Reason, Requests, Stage, Window
 from tests import synthetic
 from tests.synthetic import ANCHOR, Run, ideal
 
@@ -884,6 +884,8 @@ def test_a_lost_worker_voids_its_stage_and_keeps_its_records(tmp_path: Path) -> 
     run.event("stage_stop_asking", 22, stage=0, process="worker0")
     run.event("stage_drained", 23, stage=0, process="worker0")
     run.event("stage_settled", 24, stage=0, process="master")
+    run.scrape(-1, generation_tokens_total=0)
+    run.scrape(24.5, generation_tokens_total=320)
     stage = stage_of(run.end(30))
     assert codes(stage.verdict.reasons) == {"worker-lost"}
     assert "worker 1 was lost" in stage.verdict.reasons[0].sentence
@@ -915,3 +917,10 @@ def test_records_without_the_new_columns_are_read(tmp_path: Path) -> None:
                 for batch in batches:
                     out.write_batch(batch)
     assert stage_of(path) == before
+
+
+@pytest.mark.parametrize(("sent", "dropped"), [(9, 1), (10, 1)])
+def test_requests_that_do_not_add_up_are_refused(sent: int, dropped: int) -> None:
+    with pytest.raises(ValueError, match="do not add up"):
+        Requests(scheduled=10, sent=sent, ok=8, errors={"refused": 1}, cancelled=1, dropped=dropped, in_window_ok=0)
+    assert Requests(scheduled=11, sent=10, ok=8, errors={"refused": 1}, cancelled=1, dropped=1, in_window_ok=0)

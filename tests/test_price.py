@@ -66,6 +66,39 @@ def meters(*readings: tuple[float, str, str, float]) -> Meters:
 # ----------------------------------------------------------------------------------------------------------------- energy
 
 
+def test_an_interval_of_a_ratio() -> None:
+    """Where joules follow tokens there is no spread; where they do not, the interval is near 1.96 standard errors of the ratio."""
+    draw = np.random.default_rng(5)
+    tokens = draw.uniform(50, 150, 200)
+    assert price.ratio_interval(3 * tokens, tokens) == pytest.approx((3, 3))
+    joules = 3 * tokens + draw.normal(0, 30, 200)
+    ratio = joules.sum() / tokens.sum()
+    error = np.sqrt(((joules - ratio * tokens) ** 2).sum()) / tokens.sum()
+    assert price.ratio_interval(joules, tokens) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), rel=0.02)
+    assert price.ratio_interval(joules, tokens) == price.ratio_interval(joules, tokens)
+
+
+def test_measured_energy_has_an_interval_where_the_window_is_long_enough(tmp_path: Path) -> None:
+    """40 s at 500 W: no spread in the joules, a little in the tokens at the blocks' edges; 20 s are too short for a meter."""
+    stages = [{"arrival": "closed", "copies": 4, "duration_s": seconds, "warmup_s": 1, "ramp_s": 1} for seconds in (40, 20)]
+    run, at_s = synthetic.Run(tmp_path, synthetic.spec(stages=stages)), 0.0
+    for index, asks_s in enumerate((42.0, 22.0)):
+        at_s = run.stage(index, at_s, asks_s) + 1
+    for second in range(int(at_s) + 2):
+        run.meter(second, 200 * second)
+        run.meter(second, 300 * second, device="GPU-b")
+    long, short = (stage.cost for stage in summarise(run.end(at_s)).stages)
+    assert long is not None
+    assert short is not None
+    found = long.wh_per_page_measured
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert found.value == mid(long.wh_per_page)
+    assert 0.98 * found.value < found.low <= found.value <= found.high < 1.02 * found.value
+    assert short.wh_per_page_measured is None
+
+
 def test_measured_energy_by_hand(tmp_path: Path) -> None:
     cost = costed(tmp_path)
     assert (cost.energy_source, cost.energy_boundary) == ("measured", "gpu × PUE")
