@@ -33,6 +33,7 @@ WORDS_PER_TOKEN = 0.75  # for the live line only: the report counts words
 STOP_WAIT_S = 20.0
 WEB_STAYS_S = 5  # how long Locust's page can still be looked at after the last stage
 PLAIN_EVERY_S = 5.0
+INTERRUPTED = 130
 JOIN_S = 60  # how long the workers may take to start
 WORKER_ENDS_S = 10.0
 
@@ -68,8 +69,10 @@ def drive(
             if process.poll() is None:
                 _stop(process)
             codes = [_end_worker(worker) for worker in team]
-    failed = [worker for worker in codes if worker not in {0, 130}]
-    if code not in {0, 130} or failed:
+    if code in {-signal.SIGINT, -signal.SIGTERM}:  # it was asked to end before it could listen
+        code = INTERRUPTED
+    failed = [worker for worker in codes if worker not in {0, INTERRUPTED}]
+    if code not in {0, INTERRUPTED} or failed:
         _repeat(run_dir / "driver.log")
     return code or max((worker for worker in failed if worker > 0), default=0)
 

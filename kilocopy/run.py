@@ -19,7 +19,7 @@ from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
 from kilocopy.scrape import Scraper
-from kilocopy.spec import Spec, TraceStage, load, streams_max
+from kilocopy.spec import Spec, load, streams_max
 from kilocopy.summary import Summary
 
 ERR = Console(stderr=True, highlight=False)
@@ -37,18 +37,29 @@ def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False, q
 
 def check(spec: Spec, runs: Path, workers: int = 1) -> None:
     """What would only fail after minutes of starting is refused first. Raises ProblemError."""
-    prompts = spec.workload.prompts
-    path = getattr(prompts, "path", None)
-    if path is not None and not Path(path).is_file():
-        raise ProblemError(f"workload.prompts.path {path}: no such file; a path is relative to the current directory")
-    for index, stage in enumerate(spec.stages):
-        if isinstance(stage, TraceStage) and not Path(stage.path).is_file():
-            raise ProblemError(f"stages[{index}].path {stage.path}: no such file; a path is relative to the current directory")
+    for key, path in _files(spec):
+        if not Path(path).is_file():
+            raise ProblemError(f"{key} {path}: no such file; a path is relative to the current directory")
     limits.refuse(max(streams_max(stage) for stage in spec.stages), workers)
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProblemError(f"--runs {runs}: run directories cannot be made there ({error.strerror}); name another directory") from None
+
+
+def _files(spec: Spec) -> Iterator[tuple[str, str]]:
+    """The files that a spec names for the driver, with their keys."""
+    prompts = spec.workload.prompts
+    named = {
+        "workload.prompts.path": prompts,
+        "workload.prompts.input_tokens.path": getattr(prompts, "input_tokens", None),
+        "workload.output_tokens.path": spec.workload.output_tokens,
+        **{f"stages[{index}].path": stage for index, stage in enumerate(spec.stages)},
+    }
+    for key, part in named.items():
+        path = getattr(part, "path", None)
+        if path is not None:
+            yield key, path
 
 
 @contextlib.contextmanager

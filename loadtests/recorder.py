@@ -35,9 +35,9 @@ _NO_GAPS = np.empty(0, np.uint32)
 class Recorder:
     """Owns this process' files in the run directory, and the counters that people watch meanwhile."""
 
-    def __init__(self, run_dir: Path, worker: int, reader: Reader, secret: str | None, exporter: Exporter | None = None) -> None:
+    def __init__(self, run_dir: Path, worker: int, reader: Reader, secret: str | None, *, exporter: Exporter | None = None, samples: int = 1) -> None:
         process = f"worker{worker}"
-        self.worker, self._reader, self._secret, self._exporter = worker, reader, secret, exporter
+        self.worker, self._reader, self._secret, self._exporter, self._samples = worker, reader, secret, exporter, samples
         self.events = Events(run_dir, process)
         self._requests, self._driver = Writer(run_dir, "requests", process), Writer(run_dir, "driver", process)
         self._process = psutil.Process()
@@ -96,7 +96,7 @@ class Recorder:
 
     def finished(self, place: dict[str, int], scheduled_ns: int, stream: Stream) -> tuple[dict[str, Any], str]:
         """Understand an ended stream and keep its row; returns the row and the text. `place`: stage, level, copy, sequence."""
-        answer = decode(stream.pieces, stream.stamps_ns)
+        answer = decode(stream.pieces, stream.stamps_ns, samples=self._samples)
         outcome, error = _outcome(stream, answer)
         if error and self._secret:
             error = error.replace(self._secret, "***")

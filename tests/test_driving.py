@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,18 @@ def test_the_progress_line_says_the_load(progress: dict[str, Any], said: str) ->
         assert f"  {said}  " in printer.line(PROGRESS | progress)
 
 
+def interrupt_once_it_runs(run_dir: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not any((run_dir / "events").glob("*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_an_interrupt_is_passed_on_once(tmp_path: Path) -> None:
     with Server("ok", itl_s=0.02) as server:
         played = make_run(tmp_path, {"copies": 2, "duration_s": 60})
-        threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Thread(target=interrupt_once_it_runs, args=(tmp_path,)).start()
         assert driving.drive(tmp_path, server.url, played, api_key=None, web=False, on_progress=lambda _: None) == 130
     assert records.read_events(tmp_path)[-1]["reason"] == "interrupted"
 
