@@ -79,6 +79,8 @@ def drift(times_s: Floats, weights: Floats, start_s: float, end_s: float) -> str
     Two tests on the rate per second: the halves of the window differ by over 20 % of the mean, or a linear trend that is
     significant (p < 0.05, two-sided t on the correlation) moves by over 20 % of the mean across the window.
     """
+    inside = (times_s >= start_s) & (times_s < end_s)
+    times_s, weights = times_s[inside], weights[inside]
     duration_s = end_s - start_s
     bins = int(duration_s)
     if bins < STEADY_BINS_MIN or not weights.sum():

@@ -73,6 +73,14 @@ def test_steady_requests_are_rarely_called_unsteady(rate_per_s: float, until_s: 
     assert np.median([cut_s for cut_s in cuts_s if cut_s is not None]) < 0.2 * until_s
 
 
+def test_what_came_before_and_after_the_window_is_no_drift() -> None:
+    """An even rate from 0 s to 60 s, of which 20 s to 28 s are the window."""
+    times_s = np.arange(600) / 10
+    assert steady.drift(times_s, np.ones(600), 20, 28) is None
+    assert steady.halves_z(times_s, np.ones(600), np.arange(600), 20, 28) < 1
+    assert steady.warm_up_s(times_s, np.ones(600), np.arange(600), 20, 28) == 0
+
+
 def test_halves_apart_by_hand() -> None:
     """Three requests: 2 tokens in each half, 2 in the first alone, 4 in the second alone: |0 - 2 + 4| / sqrt(0 + 4 + 16)."""
     times_s = np.array([1, 2, 6, 7, 3, 4, 6, 7, 8, 9], dtype=np.float64)
