@@ -6,7 +6,7 @@ SPEC ?= loadtests/specs/demo.yaml
 MODEL := .cache/models/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types lock clean
+.PHONY: help setup demo test bench lint types lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -24,6 +24,9 @@ demo: setup ## train the demo model (once), serve 2 replicas, drive 1..64 copies
 test: setup ## lint, types and all tests, with the real Ray, vLLM and Locust
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/python -m pytest
+
+bench: setup ## how many streams one core reads honestly, beside a loop in C and other load generators (ARGS=--quick: a minute)
+	@$(BIN)/python -m bench $(ARGS)
 
 lint: setup ## ruff
 	@$(BIN)/ruff check .

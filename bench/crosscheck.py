@@ -31,7 +31,9 @@ from kilocopy.recompute import summarise
 from kilocopy.spec import Spec, load
 
 Figures = dict[str, float]
-VLLM = "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
+VLLM = (
+    "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
+)
 
 
 def with_stage(spec: Spec, copies: int, seconds: float) -> Spec:

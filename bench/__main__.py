@@ -1,0 +1,155 @@
+"""`make bench`: how many streams does one core read honestly? kilocopy's driver, a loop in C, and other load generators in one run.
+
+Everything is measured against the same server with known times (bench/server.c), one core for it and one for the client. See
+docs/benchmark.md for the definitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import clients
+from bench.clients import PEERS, NotRun
+from bench.levels import Level, honest_streams
+from bench.truth import BUILT, NoCompiler, Schedule, cores, server
+from kilocopy import manifest
+
+LEVELS = (50, 100, 200, 400, 800, 1280, 1600, 2400, 3200)
+PEER_LEVELS = (50, 100, 200, 400)
+MISSES_MAX = 2  # a client that was dishonest at so many levels in a row is not asked for more
+OUT = Console(highlight=False)
+
+
+def play(name: str, client: Callable[..., Level], levels: Sequence[int], schedule: Schedule, window_s: float) -> list[Level]:
+    """One client through the levels; what cannot be run is said and left out."""
+    found: list[Level] = []
+    mine, servers = cores()
+    missed = 0
+    for streams in levels:
+        try:
+            with server(schedule, servers) as running:
+                level = client(running, schedule, streams, window_s, mine)
+        except (NotRun, subprocess.SubprocessError, KeyError, OSError) as error:
+            OUT.print(f"[yellow]{name}[/] at {streams} streams: not run: {type(error).__name__}: {error}")
+            break
+        found.append(level)
+        OUT.print(_line(level), soft_wrap=True)
+        missed = 0 if level.honest or level.void else missed + 1
+        if missed >= MISSES_MAX and name not in {"kilocopy", "loop in C"}:
+            break
+        clients.settle()
+    return found
+
+
+def _line(level: Level) -> str:
+    cpu = "" if level.cpu_s_per_event is None else f", {1e6 * level.cpu_s_per_event:.1f} us CPU an event"
+    said = "void: the server was late" if level.void else "honest" if level.honest else "not honest"
+    ttft_ms, itl_ms = 1e3 * (level.ttft_p50_s - level.true_ttft_p50_s), 1e3 * (level.itl_p50_s - level.true_itl_p50_s)
+    share = 100 * level.events_per_s / level.ideal_events_per_s
+    return f"{level.client:24} {level.streams:5} streams: {share:5.1f} % of the events, TTFT {ttft_ms:+.2f} ms, ITL {itl_ms:+.3f} ms{cpu}: {said}"
+
+
+def show(found: dict[str, list[Level]]) -> None:
+    """Every level of every client, then the answer."""
+    table = Table(
+        "client",
+        "streams",
+        "events/s",
+        "of ideal",
+        "us CPU/event",
+        "TTFT error p50/p99 ms",
+        "ITL error p50/p99 ms",
+        "MiB",
+        "server late p99 ms",
+        "",
+    )
+    for levels in found.values():
+        for level in levels:
+            errors = [
+                f"{1e3 * (level.ttft_p50_s - level.true_ttft_p50_s):+.2f}/{1e3 * (level.ttft_p99_s - level.true_ttft_p99_s):+.2f}",
+                f"{1e3 * (level.itl_p50_s - level.true_itl_p50_s):+.3f}/"
+                + ("-" if level.itl_p99_s is None else f"{1e3 * (level.itl_p99_s - level.true_itl_p99_s):+.2f}"),
+            ]
+            table.add_row(
+                level.client, f"{level.streams:,}", f"{level.events_per_s:,.0f}", f"{100 * level.events_per_s / level.ideal_events_per_s:.1f} %",
+                "-" if level.cpu_s_per_event is None else f"{1e6 * level.cpu_s_per_event:.1f}", *errors,
+                "-" if level.rss_bytes is None else f"{level.rss_bytes / 2**20:.0f}", f"{1e3 * level.server_late_p99_s:.2f}",
+                "void" if level.void else "honest" if level.honest else "not honest",
+            )  # fmt: skip
+    OUT.print(table)
+    for name, levels in found.items():
+        if levels:
+            OUT.print(f"{name}: honest streams per core: {honest_streams(levels) or f'fewer than {levels[0].streams}'}")
+    _against_floor(found)
+
+
+def _against_floor(found: dict[str, list[Level]]) -> None:
+    floor = {level.streams: level for level in found.get("loop in C", [])}
+    for level in found.get("kilocopy", []):
+        beside = floor.get(level.streams)
+        if beside and beside.cpu_s_per_event and level.cpu_s_per_event:
+            ratio = level.cpu_s_per_event / beside.cpu_s_per_event
+            OUT.print(f"kilocopy / loop in C, CPU per event at {level.streams} streams: {ratio:.2f}")
+
+
+def scaling(schedule: Schedule, window_s: float, streams: int) -> list[Level]:
+    """One worker with `streams`, two workers with twice as many, on all cores: what do two read that one does not?"""
+    found = []
+    for workers in (1, 2):
+        with server(schedule, None) as running:
+            level = clients.kilocopy(running, schedule, workers * streams, window_s, None, workers=workers)
+        found.append(level)
+        OUT.print(_line(level), soft_wrap=True)
+        clients.settle()
+    OUT.print(f"events/s of two workers over one: {found[1].events_per_s / found[0].events_per_s:.2f}")
+    return found
+
+
+def main() -> None:
+    """Parse, run, print, keep."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--levels", default=",".join(map(str, LEVELS)), help="streams, comma separated")
+    parser.add_argument("--peers", default="all", help=f"all, none, or some of {','.join(PEERS)}")
+    parser.add_argument("--window", type=float, default=10, metavar="S", help="seconds that count, of each level")
+    parser.add_argument("--quick", action="store_true", help="a minute: two levels, no peers")
+    parser.add_argument("--scaling", type=int, metavar="STREAMS", help="only this: two workers of STREAMS each beside one")
+    asked = parser.parse_args()
+    levels = [200, 800] if asked.quick else [int(level) for level in asked.levels.split(",")]
+    peers = [] if asked.quick or asked.peers == "none" else list(PEERS) if asked.peers == "all" else asked.peers.split(",")
+    schedule = Schedule()
+    where = manifest.hardware()
+    OUT.print(
+        f"{where['cpu']}, {where['cores']} cores, {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC; TTFT 50 ms, ITL 20 ms, 100 tokens a stream"
+    )
+    if None in cores():
+        OUT.print("[yellow]one core only: client and server share it, and no figure here says much[/]")
+    try:
+        if asked.scaling:
+            found = {"scaling": scaling(schedule, asked.window, asked.scaling)}
+        else:
+            found = {"loop in C": play("loop in C", clients.floor, levels, schedule, asked.window)}
+            found["kilocopy"] = play("kilocopy", clients.kilocopy, levels, schedule, asked.window)
+            for name in peers:
+                found[name] = play(name, PEERS[name], [level for level in levels if level in PEER_LEVELS], schedule, asked.window)
+            show(found)
+    except NoCompiler as error:
+        sys.exit(str(error))
+    path = BUILT / f"results/{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}_{platform.node()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: [level.as_json() for level in part] for name, part in found.items()}
+    path.write_text(json.dumps({"hardware": where, "versions": manifest.versions(), "levels": kept}, indent=1) + "\n", encoding="utf-8")
+    OUT.print(f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()
