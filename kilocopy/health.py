@@ -237,14 +237,16 @@ def _driver(each: list[Worker], blamed: list[Reason], manifest: Mapping[str, Any
         workers=each,
         limited=bool(blamed),
         sentence=limited if blamed else f"The driver was not the limit: {seen}.",
-        cure=_cure(each, sum(known), manifest) if blamed else None,
+        cure=_cure([reason.code for reason in blamed], each, sum(known), manifest) if blamed else None,
         events_per_s=total,
         roofline_fraction=used,
     )
 
 
-def _cure(each: list[Worker], load: float, manifest: Mapping[str, Any]) -> str:
+def _cure(codes: list[str], each: list[Worker], load: float, manifest: Mapping[str, Any]) -> str:
     """How many workers would do, at 70 % of a core each; or that the driver needs a host of its own."""
+    if "worker-lost" in codes:
+        return "driver.log in the run directory says why the worker ended; run the stage again."
     needed = max(math.ceil(load / USEFUL_CPU_FRACTION), 1)
     cores = (manifest.get("driver_roofline") or {}).get("cores")
     if needed > len(each):

@@ -889,6 +889,7 @@ def test_a_lost_worker_voids_its_stage_and_keeps_its_records(tmp_path: Path) -> 
     stage = stage_of(run.end(30))
     assert codes(stage.verdict.reasons) == {"worker-lost"}
     assert "worker 1 was lost" in stage.verdict.reasons[0].sentence
+    assert "driver.log" in (stage.driver.cure or "")
     assert {one.worker for one in stage.driver.workers} == {0, 1}
     assert stage.requests.sent > 22
     assert check(stage, "client_tokens_vs_server").outcome == "not_checked"
