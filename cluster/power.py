@@ -4,7 +4,9 @@ A GPU counts its own energy since the driver was loaded (NVML), a CPU package co
 Both are counters, so nothing is integrated here and a missed sample loses nothing: the energy of a window is the last
 reading minus the first. What no meter counts is reported as *not measured*, never guessed from a data sheet.
 
-    python -m cluster.power RUN_DIR [--interval-s 0.5] [--process power-<host>]
+The last readings are also a metrics page for Prometheus, on loopback, found by targets/<process>.json in the run directory.
+
+    python -m cluster.power RUN_DIR [--interval-s 0.5] [--process power-<host>] [--host 127.0.0.1] [--port 0]
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily
+
+from kilocopy.metrics import ENERGY
 from kilocopy.problem import ProblemError
-from kilocopy.records import Writer
+from kilocopy.records import Writer, write_json
 
 POWERCAP = Path("/sys/class/powercap")
 FLUSH_S = 1.0
@@ -113,24 +119,52 @@ def _packages(powercap: Path) -> Iterator[RaplMeter]:
             continue
 
 
-def sample(found: list[Meter], writer: Writer) -> None:
+class Page:
+    """The metrics page: the last reading of each meter. One that cannot be read any more goes from the page, and is no zero."""
+
+    def __init__(self, run: str) -> None:
+        self._run, self._node = run, socket.gethostname()
+        self.last_j: dict[tuple[str, str], float] = {}  # by device and boundary
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """For prometheus_client."""
+        family = CounterMetricFamily(ENERGY.name, ENERGY.help, labels=ENERGY.labels)
+        for (device, boundary), energy_j in self.last_j.copy().items():
+            family.add_metric((self._run, device, boundary, self._node), energy_j)
+        yield family
+
+    def serve(self, run_dir: Path, process: str, host: str, port: int) -> None:
+        """Listen, from a thread of its own, and say where in targets/. Raises OSError when the port is taken."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        server, _ = start_http_server(port, host, registry)
+        (run_dir / "targets").mkdir(exist_ok=True)
+        target = {"targets": [f"{host}:{server.server_port}"], "labels": {"job": "kilocopy"}}
+        write_json(run_dir / "targets" / f"{process}.json", [target])
+
+
+def sample(found: list[Meter], writer: Writer, page: Page | None = None) -> None:
     """Append one row per meter, each stamped when its own reading came back."""
     for meter in found:
         try:
             energy_j = meter.read_j()
         except (OSError, ValueError):
+            if page:
+                page.last_j.pop((meter.device, meter.boundary), None)
             continue
+        if page:
+            page.last_j[meter.device, meter.boundary] = energy_j
         row = {"time_ns": time.perf_counter_ns(), "device": meter.device, "boundary": meter.boundary}
         writer.append({**row, "energy_j": energy_j})
 
 
-def record(found: list[Meter], writer: Writer, interval_s: float, stop: threading.Event) -> None:
+def record(found: list[Meter], writer: Writer, interval_s: float, stop: threading.Event, page: Page | None = None) -> None:
     """Sample on a fixed grid until `stop`, then once more, so that the record reaches to the end of the run."""
     start_s = flushed_s = time.monotonic()
     ticks = 0
     parent = os.getppid()
     while not stop.is_set() and os.getppid() == parent:  # an orphan would write for ever
-        sample(found, writer)
+        sample(found, writer, page)
         if time.monotonic() - flushed_s >= FLUSH_S - interval_s / 2:
             writer.flush()
             flushed_s = time.monotonic()
@@ -146,15 +180,18 @@ def main(argv: list[str] | None = None, powercap: Path = POWERCAP, nvml: Any = N
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--interval-s", type=float, default=0.5)
     parser.add_argument("--process", default=f"power-{socket.gethostname()}", help="name of the file under energy/")
+    parser.add_argument("--host", default="127.0.0.1", help="where the metrics page listens")
+    parser.add_argument("--port", type=int, default=0, help="its port; 0 takes a free one")
     asked = parser.parse_args(argv)
     try:
-        return _run(asked.run_dir, asked.interval_s, asked.process, meters(powercap, nvml))
+        return _run(asked, meters(powercap, nvml))
     except ProblemError as problem:
         print(problem, file=sys.stderr)
         return problem.code
 
 
-def _run(run_dir: Path, interval_s: float, process: str, found: list[Meter]) -> int:
+def _run(asked: argparse.Namespace, found: list[Meter]) -> int:
+    run_dir, interval_s, process = asked.run_dir, asked.interval_s, asked.process
     if not 0.02 <= interval_s <= 60:
         raise ProblemError(f"--interval-s: must be from 0.02 to 60 seconds, got {interval_s:g}")
     if not run_dir.is_dir():
@@ -170,7 +207,12 @@ def _run(run_dir: Path, interval_s: float, process: str, found: list[Meter]) -> 
     except FileExistsError:
         path = run_dir / "energy" / f"{process}.arrow"
         raise ProblemError(f"{path}: exists, another meter wrote it; give --process another name") from None
-    record(found, writer, interval_s, stop)
+    page = Page(run_dir.resolve().name)
+    try:
+        page.serve(run_dir, process, asked.host, asked.port)
+    except OSError as error:  # the record counts; watching it is extra
+        print(f"metrics page at {asked.host}:{asked.port}: {error.strerror or error}; energy is recorded, not shown live", file=sys.stderr)
+    record(found, writer, interval_s, stop, page)
     return 0
 
 

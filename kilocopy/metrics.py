@@ -81,14 +81,14 @@ STAGE = Metric("kilocopy_stage_info", "gauge", "1 for the stage that is being pl
 CPU = Metric("kilocopy_driver_cpu_seconds", "counter", "CPU time of this worker.")
 RSS = Metric("kilocopy_driver_resident_bytes", "gauge", "Resident memory of this worker.")
 PAGE_WORDS = Metric("kilocopy_page_words", "gauge", "Words of a page.")
-DEVICES = Metric("kilocopy_devices", "gauge", "GPUs that serve; a host without one counts as one device.")
+DEVICES = Metric("kilocopy_devices", "gauge", "GPUs that serve; a host without one counts as one device.", ("kind",))
 USD_PER_DEVICE_HOUR = Metric(
     "kilocopy_usd_per_device_hour", "gauge", "What an hour of a device costs, its idle hours paid: capital and opex, or rent.", ("kind",)
 )
 USD_PER_KWH = Metric("kilocopy_electricity_usd_per_kwh", "gauge", "Price of electricity; absent where the rent includes it.")
 PUE = Metric("kilocopy_pue", "gauge", "Facility energy over IT energy.")
 SLO_QUANTILE = Metric("kilocopy_slo_quantile", "gauge", "Share of the streams that must hold the SLO.")
-ENERGY = Metric("kilocopy_energy_joules", "counter", "Energy by a meter's own counter.", ("device", "boundary", "node"))
+ENERGY = Metric("kilocopy_energy_joules", "counter", "Energy by a meter's own counter.", ("run", "device", "boundary", "node"))
 
 DRIVER_METRICS = (
     REQUESTS, SENT, OUTPUT_TOKENS, PROMPT_TOKENS, OUTPUT_WORDS, EVENTS, SLO_JUDGED, SLO_ATTAINED, TTFT, ICL, E2E, SEND_LAG, LOOP_LAG,

@@ -80,7 +80,7 @@ class Exporter:
         """What the recording rules need for $/page: the spec's prices, as gauges, so that no rule holds a number."""
         spec, prices = self._spec, self._spec.prices
         self._gauges[metrics.PAGE_WORDS][()] = spec.page.words
-        self._gauges[metrics.DEVICES][()] = spec.cluster.devices
+        self._gauges[metrics.DEVICES][(spec.cluster.hardware.kind,)] = spec.cluster.devices
         self._gauges[metrics.USD_PER_DEVICE_HOUR][(prices.hardware.kind,)] = price.usd_per_device_hour(spec, "mid")
         self._gauges[metrics.PUE][()] = prices.pue.value
         self._gauges[metrics.SLO_QUANTILE][()] = spec.slo.quantile
@@ -116,6 +116,10 @@ class Exporter:
         """The process as it is now. `stage` is -1 between stages; counters are totals over the run."""
         self._gauges[metrics.STAGE].clear()
         if stage >= 0:
+            # A counter that starts above zero would lose its first step to `rate`.
+            self._counters[metrics.REQUESTS][str(stage), "ok"] += 0
+            for counter in (metrics.OUTPUT_TOKENS, metrics.PROMPT_TOKENS, metrics.OUTPUT_WORDS, metrics.SLO_JUDGED, metrics.SLO_ATTAINED):
+                self._counters[counter][(str(stage),)] += 0
             kind = self._spec.stages[stage].arrival
             self._gauges[metrics.STAGE][str(stage), str(level), phase, kind] = 1
         self._gauges[metrics.COPIES_ASKED].clear()

@@ -97,6 +97,7 @@ def test_a_sample_is_the_process_now(exporter: Exporter) -> None:
     assert seen["kilocopy_stage_info", (("kind", "closed"), ("level", "0"), ("phase", "window"), ("stage", "0"))] == 1
     assert (seen["kilocopy_copies_asked", ()], seen["kilocopy_in_flight", ()], seen["kilocopy_stream_events_total", ()]) == (4, 3, 70)
     assert seen["kilocopy_loop_lag_seconds_bucket", (("le", "0.005"),)] == 1
+    assert seen["kilocopy_output_words_total", (("stage", "0"),)] == 0  # known before the first request ends: `rate` sees its step
     exporter.sample(stage=-1, level=0, copies_asked=None, **(now | {"phase": "settle"}))
     seen = page(exporter)
     assert not [name for name, _ in seen if name in {"kilocopy_stage_info", "kilocopy_copies_asked"}]  # nothing is played: no zero

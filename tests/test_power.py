@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster import power
 from kilocopy import records
@@ -128,3 +131,26 @@ def test_no_meter_is_one_sentence_and_no_file(tmp_path: Path, capsys: pytest.Cap
 def test_a_bad_interval_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], interval_s: str) -> None:
     assert power.main([str(tmp_path), "--interval-s", interval_s], tmp_path, no_nvml()) == 2
     assert capsys.readouterr().err.startswith("--interval-s: must be")
+
+
+def test_the_page_says_what_the_meters_said_and_drops_one_that_is_gone(tmp_path: Path) -> None:
+    path = zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000) / "energy_uj"
+    found, page = power.meters(tmp_path / "powercap", fake_nvml({"GPU-a": [1_500]})), power.Page("r1")
+    writer = records.Writer(tmp_path, "energy", "p")
+    page.serve(tmp_path, "power-x", "127.0.0.1", 0)
+    (target,) = json.loads((tmp_path / "targets/power-x.json").read_text())
+
+    def seen() -> dict[tuple[str, str, str], float]:
+        with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        (family,) = text_string_to_metric_families(text)
+        assert {sample.name for sample in family.samples} <= {"kilocopy_energy_joules_total"}
+        return {(s.labels["run"], s.labels["device"], s.labels["boundary"]): s.value for s in family.samples}
+
+    assert seen() == {}  # nothing was read yet: no zero
+    power.sample(found, writer, page)
+    assert seen() == {("r1", "rapl:intel-rapl:0", "host"): 1.0, ("r1", "GPU-a", "gpu"): 1.5}
+    path.unlink()
+    power.sample(found, writer, page)
+    assert seen() == {("r1", "GPU-a", "gpu"): 1.5}
+    writer.close()
