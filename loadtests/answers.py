@@ -11,6 +11,7 @@ and right of its text, and for every event that has the same left and right only
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ TEXT_KEYS = ("content", "reasoning_content", "reasoning")  # where a chat delta 
 DONE = b"[DONE]"
 TOKENS_MAX = 2**31 - 1  # what a column of records.REQUESTS holds
 QUOTE, BACKSLASH = 0x22, 0x5C
+RUN_MIN = 4  # fewer events are read one by one
 _LITERALS = (b'"text":', b'"content":')
 _BOM = b"\xef\xbb\xbf"
 
@@ -71,16 +73,23 @@ def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int], samples: int = 1) 
     texts: list[str] = []
     carriers: list[int] = []
     reader = _PayloadReader(answer) if samples == 1 else _ChoicesReader(answer)
-    for event, payload in enumerate(payloads):
+    event = 0
+    while event < len(payloads):
         if answer.done:
             answer.problem = "the stream goes on after [DONE]"
             break
-        text = reader.read(payload)
+        if run := reader.read_run(payloads, event):
+            texts += run
+            carriers += range(event, event + len(run))
+            event += len(run)
+            continue
+        text = reader.read(payloads[event])
         if text:
             texts.append(text)
             carriers.append(event)
         elif answer.problem:
             break
+        event += 1
     if answer.problem is None and answer.output_tokens is not None and answer.output_tokens < len(carriers):
         # A chunk can hold several tokens, but no token fills several chunks.
         answer.problem = f"usage counts {answer.output_tokens} output tokens, but {len(carriers)} chunks carried text"
@@ -158,6 +167,29 @@ class _PayloadReader:
             return ""
         return self._parse(payload)
 
+    def read_run(self, payloads: Sequence[bytes], begin: int) -> list[str]:
+        """The texts of the payloads from `begin` on that have the known frame, all at once; none where it is not known or one is odd.
+
+        With two quotes for each text in all, and one text parsed for each, every text lies between its own two quotes.
+        """
+        left, right = self._left, self._right
+        if left is None:
+            return []
+        end = begin
+        for payload in itertools.islice(payloads, begin, None):
+            if not (payload.startswith(left) and payload.endswith(right)):
+                break
+            end += 1
+        after, before = len(left), -len(right) or None
+        literals = b",".join([payload[after:before] for payload in payloads[begin:end]])
+        if end - begin < RUN_MIN or literals.count(b'"') != 2 * (end - begin) or b'""' in literals:
+            return []
+        try:
+            texts: list[str] = json.loads(b"[" + literals + b"]")
+        except ValueError:
+            return []
+        return texts if len(texts) == end - begin and all(type(text) is str for text in texts) else []
+
     def _parse(self, payload: bytes) -> str:
         try:
             event = json.loads(payload)
@@ -189,6 +221,11 @@ class _PayloadReader:
 
 class _ChoicesReader(_PayloadReader):
     """Reads a stream of several choices, whose events come mixed: a frame for each, and each one's text."""
+
+    def read_run(self, payloads: Sequence[bytes], begin: int) -> list[str]:
+        """None: each event belongs to a choice of its own."""
+        del payloads, begin
+        return []
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)

@@ -1,10 +1,10 @@
 """Reads every stream of this process in one readiness loop, so that a token costs microseconds and its time is true.
 
 A greenlet that wakes for every token is what limits a gevent driver. Here one epoll set holds all sockets and one watcher in
-gevent's hub drains whatever is ready: it takes the time before anything else, and keeps what it read with that time. Nothing is
-parsed while tokens arrive, not even HTTP's chunks: an answer in chunks goes through httptools in one piece once its bytes look like
-the end, and read by read wherever that would not give the very same pieces and times. The greenlet that asked wakes once, when its
-stream ended.
+gevent's hub drains whatever is ready: it takes the time before anything else, hands the bytes to httptools, and keeps each piece
+of the body with that time. No event is parsed while tokens arrive, and the greenlet that asked wakes once, when its stream ended.
+When tokens come thick, the drain waits for the next ones itself for up to a millisecond: a turn of the hub for each token would
+cost as much as reading it.
 
     reader = Reader(); reader.start(timeouts)
     client = Client(reader, Target.parse("http://127.0.0.1:8000"), timeouts)
@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 
 import gevent
 import httptools
-import numpy as np
 from gevent import monkey, socket
 from gevent.event import Event
 
@@ -36,18 +35,22 @@ from kilocopy.spec import Timeouts
 
 READ_BYTES = 65536
 STREAM_BYTES_MAX = 16 * 2**20  # more than any answer; a server that sends this without end must not eat the driver's memory
+LIKELY_BYTES = 2**18  # an answer within it needs no look at its limits
 PIECES_MAX = 2**20  # each costs memory of its own, however short
 HEAD_BYTES_MAX = 65536  # of everything before the answer's own body: status line, headers, 1xx answers
 RETRY_AFTER_MAX_S = 60.0  # a server that asks for more has left; the copy looks again after a minute
 SWEEP_S = 0.1  # how often silences are looked for: timeouts are late by this at most
 TEXT_SOUGHT_BYTES_MAX = 65536  # how far to look for the first text, to know which timeout applies
 
-SMALL_READ_BYTES = range(4, 4097)  # of a token or a few; others are parsed at once, so that nothing grows unseen between sweeps
-_POWERS_OF_16 = 16 ** np.arange(1, 8)
-_CHUNKS_END = b"\r\n0\r\n\r\n"
+BUSY_EVENTS_PER_S = 5000  # from here on the drain waits for more before it gives the hub its turn
+TURN_NS = 1_000_000  # the longest that it keeps the hub waiting
+
 _TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)"\s*:\s*"[^"]')
-_NOTHING = re.compile(rb"(?:[0-9a-fA-F]+\r\n)?\s*(?::.*)?", re.DOTALL)
-_epoll = monkey.get_original("select", "epoll")  # gevent hides it, since it would block the hub; with a timeout of 0 it does not
+_epoll = monkey.get_original("select", "epoll")  # gevent hides it, since it would block the hub: for TURN_NS, here
+
+
+READ_BUFFER = bytearray(READ_BYTES)
+READ_VIEW = memoryview(READ_BUFFER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,6 @@ class Stream:
         self.status: int | None = None
         self.content_type = b""
         self.framed = False  # the length or the chunks say where the body ends; else the connection's end does
-        self.chunked = False
         self.coding = b""  # what else was done to the body; we ask for nothing of the kind
         self.location = b""
         self.retry_after_s: float | None = None  # what Retry-After asks for, at most RETRY_AFTER_MAX_S
@@ -99,11 +101,6 @@ class Stream:
         self.pieces: list[bytes] = []
         self.stamps_ns = array("Q")
         self.bytes = 0
-        # Reads as they came, with their times, while nothing is parsed (`deferred`). The first one, with the headers, was.
-        self.deferred = False
-        self.reads: list[bytes] = []
-        self.read_stamps_ns = array("Q")
-        self.answers = 0  # heads begun: more than one with 1xx answers
         self.whole = False
         self.keeps = False  # whether the connection can be used again
         self.outcome: str | None = None
@@ -119,7 +116,6 @@ class Stream:
     def on_message_begin(self) -> None:
         if self.whole:
             raise ValueError("bytes after the end of the answer")
-        self.answers += 1
         self.content_type, self.framed, self.coding, self.location = b"", False, b"", b""  # what a 1xx answer said is not the answer's
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -132,8 +128,7 @@ class Stream:
             self.framed = True
         elif name == b"transfer-encoding":
             self.framed = True
-            self.chunked = value.strip().lower() == b"chunked"
-            self.coding = self.coding or (b"" if self.chunked else value)
+            self.coding = self.coding or (b"" if value.strip().lower() == b"chunked" else value)
         elif name == b"content-encoding":
             self.coding = self.coding or (b"" if value.strip().lower() == b"identity" else value)
         elif name == b"location":
@@ -152,65 +147,20 @@ class Stream:
         if self.status is not None:
             self.whole, self.keeps = True, self.parser.should_keep_alive()
 
-    def take(self, data: bytes, now_ns: int) -> str | None:
+    def take(self, data: bytes | memoryview, now_ns: int) -> str | None:
         """Parse bytes that came at that time. Returns what is wrong with them as HTTP, if anything."""
         self.bytes += len(data)
+        problem = None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            return f"the answer is not HTTP: {error}"
+            problem = f"the answer is not HTTP: {error}"
         except httptools.HttpParserUpgrade:
-            return "the server wants to speak another protocol than HTTP (101)"
-        finally:
-            stamps_ns, more = self.stamps_ns, len(self.pieces) - len(self.stamps_ns)
-            if more:
-                stamps_ns.extend([now_ns] * more)
-        return None
-
-    def may_defer(self, first: bytes, now_ns: int) -> None:
-        """After the first read: whether what follows needs no parser before its end. A plain answer in chunks, whole head in one read."""
-        if self.status == 200 and self.chunked and not self.whole and not self.coding and self.answers == 1:
-            self.deferred = True
-            self.reads.append(first)
-            self.read_stamps_ns.append(now_ns)
-
-    def settle(self) -> str | None:
-        """Parse what was deferred, read by read, and all that comes from now on. Returns what is wrong with it as HTTP, if anything."""
-        if not self.deferred:
-            return None
-        self.deferred = False
-        return self._replay(1)
-
-    def _replay(self, begin: int) -> str | None:
-        self.bytes = sum(map(len, self.reads[:begin]))
-        reads, self.reads = self.reads[begin:], []
-        stamps_ns, self.read_stamps_ns = self.read_stamps_ns[begin:], array("Q")
-        for data, stamp_ns in zip(reads, stamps_ns, strict=True):
-            problem = self.take(data, stamp_ns)
-            if problem is not None:
-                return problem
-        return None
-
-    def conclude(self) -> str | None:
-        """Parse what was deferred, all at once if it is the end. Returns what is wrong with it as HTTP, if anything."""
-        blob = b"".join(self.reads[1:])
-        if len(self.reads) < 2 or not blob.endswith(_CHUNKS_END):
-            return self.settle()
-        self.deferred = False
-        try:
-            self.parser.feed_data(blob)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.whole = False
-        stamps_ns = _stamps_ns(self.pieces, self.reads, self.read_stamps_ns) if self.whole else None
-        if stamps_ns is not None:
-            self.stamps_ns, self.reads = stamps_ns, []
-            return None
-        # It was not the end, or not chunks in their plain form: from the beginning, read by read.
-        self.status, self.whole, self.keeps, self.answers = None, False, False, 0
-        self.pieces.clear()
-        del self.stamps_ns[:]
-        self.parser = httptools.HttpResponseParser(self)
-        return self._replay(0)
+            problem = "the server wants to speak another protocol than HTTP (101)"
+        stamps_ns, pieces = self.stamps_ns, self.pieces
+        while len(stamps_ns) < len(pieces):
+            stamps_ns.append(now_ns)
+        return problem
 
     @property
     def refusal(self) -> str | None:
@@ -235,7 +185,7 @@ class Stream:
     @property
     def is_too_long(self) -> bool:
         """Whether an answer holds more memory than any true one would."""
-        return self.bytes > (HEAD_BYTES_MAX if self.status is None else STREAM_BYTES_MAX) or len(self.pieces) + len(self.reads) > PIECES_MAX
+        return self.bytes > (HEAD_BYTES_MAX if self.status is None else STREAM_BYTES_MAX) or len(self.pieces) > PIECES_MAX
 
     def forget(self) -> None:
         """Be as new; for a request that is sent again since nothing came back."""
@@ -255,11 +205,11 @@ class Stream:
 class Connection:
     """A socket that is registered with the reader, and the stream that is being read from it, if any."""
 
-    __slots__ = ("_read", "_reader", "_tls", "closed", "fd", "served", "sock", "stream")
+    __slots__ = ("_reader", "_recv_into", "_tls", "closed", "fd", "served", "sock", "stream")
 
     def __init__(self, reader: Reader, sock: _socket.socket, tls: _Tls | None) -> None:
         self._reader, self.sock, self._tls = reader, sock, tls
-        self._read: Callable[[int], bytes] = sock.recv if tls is None else self._read_tls
+        self._recv_into = sock.recv_into
         self.fd = sock.fileno()
         self.stream: Stream | None = None
         self.closed = False
@@ -267,9 +217,13 @@ class Connection:
         reader.add(self)
 
     def receive(self, now_ns: int) -> None:
-        """Read what is there, and keep it or give it to the stream's parser."""
+        """Read what is there and give it to the stream's parser."""
         try:
-            data = self._read(READ_BYTES)
+            # Into one buffer for all: a fresh one of its size for each token costs more than the token.
+            count = self._recv_into(READ_BUFFER)
+            data: bytes | memoryview = READ_VIEW[:count]
+            if self._tls is not None and count:
+                data = self._decrypt(data)
         except BlockingIOError:
             return
         except OSError as error:
@@ -278,29 +232,18 @@ class Connection:
         stream = self.stream
         if stream is None or not data:  # the server hung up, or talks without being asked
             self._lost(now_ns, "the server closed the connection")
-        elif not stream.deferred:
-            first = not stream.bytes
-            problem = stream.take(data, now_ns)
-            if first:
-                stream.may_defer(data, now_ns)
+            return
+        problem = stream.take(data, now_ns)
+        if stream.whole or stream.bytes > LIKELY_BYTES or stream.status != 200 or stream.coding or problem or self._tls:
             self._judge(now_ns, problem)
-        else:
-            stream.reads.append(data)
-            stream.read_stamps_ns.append(now_ns)
-            stream.bytes += len(data)
-            # A whole answer ends in CR LF CR LF; where only its last bytes came by themselves, the read is shorter than that.
-            if data.endswith(b"\r\n\r\n") or len(data) not in SMALL_READ_BYTES:
-                self._judge(now_ns, stream.conclude())
 
-    def _read_tls(self, limit: int) -> bytes:
-        """As recv, of the plain bytes. Raises BlockingIOError where none are complete."""
-        tls, data = self._tls, self.sock.recv(limit)
-        if tls is None or not data:
-            return data
-        data = tls.decrypt(data)
-        if not data and not tls.over:
+    def _decrypt(self, data: memoryview) -> bytes:
+        """The plain bytes; none where the server ended the TLS connection. Raises BlockingIOError where none are complete."""
+        assert self._tls is not None  # noqa: S101
+        plain = self._tls.decrypt(bytes(data))
+        if not plain and not self._tls.over:
             raise BlockingIOError
-        return data
+        return plain
 
     def _judge(self, now_ns: int, problem: str | None) -> None:
         """After bytes were parsed: end the stream where its answer is whole, wrong, not for us, or too long."""
@@ -319,11 +262,6 @@ class Connection:
         elif self._tls is not None and self._tls.over:
             self._lost(now_ns, "the server ended the TLS connection")
 
-    def settle(self, now_ns: int) -> None:
-        """Parse what is deferred, which may end the stream."""
-        if self.stream is not None and self.stream.deferred:
-            self._judge(now_ns, self.stream.settle())
-
     def send(self, data: bytes, deadline_ns: int) -> None:
         """Hand a request to the kernel. Raises OSError where the connection is gone, TimeoutError past the deadline."""
         view = memoryview(self._tls.encrypt(data) if self._tls else data)
@@ -339,12 +277,11 @@ class Connection:
         self.served += 1
         if not stream.keeps or stream.coding:
             self.close()
-        self._reader.open_streams.discard(stream)
+        self._reader.forget(stream)
         refusal = stream.refusal
         stream.end(now_ns, "bad_stream" if refusal else None, refusal)
 
     def _lost(self, now_ns: int, why: str) -> None:
-        self.settle(now_ns)
         stream = self.stream
         if stream is None:
             self.close()
@@ -362,8 +299,7 @@ class Connection:
         stream, self.stream = self.stream, None
         self.close()
         if stream is not None:
-            stream.settle()  # for what came before
-            self._reader.open_streams.discard(stream)
+            self._reader.forget(stream)
             stream.end(now_ns, outcome, error)
 
     def is_quiet(self) -> bool:
@@ -448,6 +384,8 @@ class Reader:
         self._epoll = _epoll()
         self._poll = self._epoll.poll
         self._connections: dict[int, Connection] = {}
+        self.ended = 0  # streams: each has woken a greenlet, which waits for the hub
+        self._busy, self._weighed_events, self._weighed_ns = False, 0, 0
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), 1)
         self._sweeper: Any = None
 
@@ -481,25 +419,44 @@ class Reader:
         del self._connections[connection.fd]
         self._epoll.unregister(connection.fd)
 
+    def forget(self, stream: Stream) -> None:
+        """A stream has ended."""
+        self.open_streams.discard(stream)
+        self.ended += 1
+
     def _drain(self) -> None:
+        """Read what is ready; while tokens come thick, and no greenlet has been woken, also what becomes ready within TURN_NS."""
+        poll, connections, clock = self._poll, self._connections, time.perf_counter_ns
+        ready = poll(0)
         # The time first: what is ready now arrived before, whatever it costs us to read it all.
-        now_ns, connections = time.perf_counter_ns(), self._connections
-        ready = self._poll(0)
-        for fd, _ in ready:
-            connection = connections.get(fd)
-            if connection is not None:  # else closed earlier in this very pass
-                connection.receive(now_ns)
-        self.events += len(ready)
+        begun_ns = now_ns = clock()
+        events, ended = 0, self.ended
+        while ready:
+            events += len(ready)
+            for fd, _ in ready:
+                connection = connections.get(fd)
+                if connection is not None:  # else closed earlier in this very pass
+                    connection.receive(now_ns)
+            if not self._busy or self.ended != ended or now_ns - begun_ns > TURN_NS:
+                break
+            ready = poll(0.001)
+            now_ns = clock()
+        self.events += events
+        self._weigh(now_ns, events)
+
+    def _weigh(self, now_ns: int, events: int) -> None:
+        """Whether tokens come thick, judged every 5 ms."""
+        self._weighed_events += events
+        elapsed_ns = now_ns - self._weighed_ns
+        if elapsed_ns > 5 * TURN_NS:
+            self._busy = self._weighed_events * 1e9 > BUSY_EVENTS_PER_S * elapsed_ns
+            self._weighed_events, self._weighed_ns = 0, now_ns
 
     def _sweep_forever(self, timeouts: Timeouts) -> None:
         while True:
             gevent.sleep(SWEEP_S)
             now_ns = time.perf_counter_ns()
             for connection in [c for c in self._connections.values() if c.stream is not None]:
-                stream = connection.stream
-                if overdue(stream, timeouts, now_ns) is None and not (stream and stream.deferred and stream.is_too_long):
-                    continue
-                connection.settle(now_ns)  # what its chunks say counts, not what their bytes look like
                 failure = overdue(connection.stream, timeouts, now_ns)
                 if failure is not None:
                     connection.fail(now_ns, *failure)
@@ -515,7 +472,7 @@ def overdue(stream: Stream | None, timeouts: Timeouts, now_ns: int) -> tuple[str
     first_ns, stall_ns = timeouts.first_token_s * 1e9, timeouts.stall_s * 1e9
     if now_ns - stream.alive_ns <= min(first_ns, stall_ns):
         return None  # nearly always; alive_ns is when it was last known to be
-    pieces, stamps_ns = (stream.reads, stream.read_stamps_ns) if stream.deferred else (stream.pieces, stream.stamps_ns)
+    pieces, stamps_ns = stream.pieces, stream.stamps_ns
     if not stream.has_text and pieces:
         stream.has_text = bool(_TEXT.search(b"".join(pieces)[:TEXT_SOUGHT_BYTES_MAX]))
     if not stream.has_text:
@@ -532,8 +489,9 @@ def overdue(stream: Stream | None, timeouts: Timeouts, now_ns: int) -> tuple[str
 
 
 def _says_nothing(piece: bytes) -> bool:
-    """Whether bytes are only a comment or blank lines, with or without a chunk's size before them."""
-    return _NOTHING.fullmatch(piece) is not None
+    """Whether bytes are only a comment or blank lines."""
+    said = piece.strip()
+    return not said or said.startswith(b":")
 
 
 class Client:
@@ -644,25 +602,6 @@ def retry_after_s(value: str, now: datetime | None = None) -> float | None:
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
     return min(max(wait_s, 0.0), RETRY_AFTER_MAX_S)
-
-
-def _stamps_ns(pieces: list[bytes], reads: list[bytes], read_stamps_ns: array[int]) -> array[int] | None:
-    """When each chunk's data arrived, from reads that were parsed as one; None where that cannot be told, or a chunk fills several reads.
-
-    A chunk of L bytes takes at least L + (hex digits of L) + 4 bytes on the wire. So if head, pieces as chunks and the last chunk
-    (5 bytes) add up to all bytes that came, then each piece is one chunk in its plain form, and its place is known.
-    """
-    read_ends = np.cumsum(np.fromiter(map(len, reads), np.int64, len(reads)))
-    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    digits = 1 + _POWERS_OF_16.searchsorted(lengths, side="right")
-    head = reads[0].index(b"\r\n\r\n") + 4
-    ends = head + np.cumsum(lengths + digits + 4) - 2  # of the data, its CRLF left out
-    if not len(pieces) or ends[-1] + 2 + 5 != read_ends[-1]:
-        return None
-    last, first = read_ends.searchsorted(ends, side="left"), read_ends.searchsorted(ends - lengths, side="right")
-    if (first != last).any():
-        return None
-    return array("Q", np.frombuffer(read_stamps_ns, np.uint64)[last].tobytes())
 
 
 def _printable(value: bytes) -> str:

@@ -321,6 +321,7 @@ def test_a_full_backlog_is_a_connect_timeout(reader: Reader) -> None:
 @pytest.mark.parametrize("mode", ["ok", "endless_body"])
 def test_an_endless_answer_ends_at_the_limit(reader: Reader, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr("loadtests.streams.STREAM_BYTES_MAX", 2000)
+    monkeypatch.setattr("loadtests.streams.LIKELY_BYTES", 0)
     with Server(mode, tokens=100, itl_s=0.01) as server:
         outcome, error, *_ = ask(reader, server.url)
     assert outcome == "bad_stream"
