@@ -1,0 +1,224 @@
+"""Prometheus' recording and alert rules: from raw counters to copies, pages, joules and dollars per page, live.
+
+The same formulas as the report's (kilocopy/price.py), over the last minute instead of a steady window, so they are for watching; the
+report decides. Three rules of their own:
+
+- No data stays no data. A ratio over nothing is absent (`> 0`), a price lacks what it needs to be whole (owned hardware without a
+  meter has no price of a page, and no zero), and a counter whose page is gone stops at once, instead of fading over a minute.
+- Servers' gauges vanish when idle: beside a living counter that is a zero, without one it is no data.
+- Requests are counted when they end, so the client's rates follow the servers' by a request's length.
+
+    python -m kilocopy.rules [--check]      writes dashboards/rules/kilocopy.yaml, or says whether it is as written here
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from kilocopy import metrics as m
+from kilocopy.search import CPU_FRACTION_MAX, LAG_ITL_FRACTION, LAG_S_MAX, SEND_LAG_S_MAX
+
+PATH = Path(__file__).resolve().parent.parent / "dashboards" / "rules" / "kilocopy.yaml"
+RUN = "cluster, model, run"
+MODEL = "cluster, model"
+WINDOW = "1m"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A quantity: its name, how it comes about, its unit and what it means. `labels` are those that it keeps."""
+
+    record: str
+    expr: str
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ("cluster", "model", "run")
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What somebody should look at: after how long, and in plain words why."""
+
+    name: str
+    expr: str
+    lasting: str
+    severity: str
+    summary: str
+
+
+def rate(counter: m.Metric | str, window: str = WINDOW) -> str:
+    """Growth per second of a counter that is still there."""
+    name = counter if isinstance(counter, str) else counter.sample
+    return f"(rate({name}[{window}]) and {name})"
+
+
+def by_run(expr: str, how: str = "sum") -> str:
+    """One value a run, over its workers and stages."""
+    return f"{how} by ({RUN}) ({expr})"
+
+
+def served(expr: str, how: str = "sum", keep: str = MODEL) -> str:
+    """One value a model (and what else is kept) of the servers, whose label for it is `model_name`."""
+    return f'{how} by ({keep}) (label_replace({expr}, "model", "$1", "model_name", "(.+)"))'
+
+
+def or_zero(gauge: str, counter: str) -> str:
+    """A servers' gauge that vanishes when idle: zero where its counter lives."""
+    return f"({gauge} or 0 * {counter})"
+
+
+def quantile(q: float, histogram: m.Metric, by: str = RUN) -> str:
+    """A quantile of a histogram over the last minute; absent where nothing was counted (NaN is not above -1)."""
+    return f"histogram_quantile({q:g}, sum by ({by}, le) (rate({histogram.name}_bucket[{WINDOW}]))) > -1"
+
+
+TOKENS = "ray_vllm_generation_tokens_total"
+RUNNING, WAITING, KV = "ray_vllm_num_requests_running", "ray_vllm_num_requests_waiting", "ray_vllm_kv_cache_usage_perc"
+PAGES = "kilocopy:pages_per_second:rate1m"
+ENERGY = m.ENERGY.sample
+METERED = f"sum by (run) {rate(m.ENERGY)}"
+# As the report: GPUs that serve need a meter each; a host that serves itself needs its own.
+COVERED_GPUS = (
+    f'(count by (run) ({ENERGY}{{boundary="gpu"}}) >= on (run) ceil(max by (run) ({m.DEVICES.sample}{{kind="gpu"}})))'
+)
+COVERED_HOST = f'(count by (run) ({ENERGY}{{boundary="host"}}) and on (run) max by (run) ({m.DEVICES.sample}{{kind="cpu"}}))'
+ALL_BUT_CANCELLED = f'{m.REQUESTS.sample}{{outcome!="cancelled"}}'
+FAILED = f'{m.REQUESTS.sample}{{outcome!~"ok|cancelled"}}'
+
+
+RULES = (
+    # Copies and speed
+    Rule("kilocopy:copies", by_run(m.IN_FLIGHT.sample), "copies", "Streams open now, at the driver."),
+    Rule("kilocopy:copies:mean1m", by_run(f"avg_over_time({m.IN_FLIGHT.sample}[{WINDOW}]) and {m.IN_FLIGHT.sample}"), "copies",
+         "Mean of the copies in flight over the last minute."),
+    Rule("kilocopy:server_copies", f"{served(or_zero(RUNNING, TOKENS))}", "copies", "Sequences that the engines run now (N_run).",
+         ("cluster", "model")),
+    Rule("kilocopy:server_waiting", f"{served(or_zero(WAITING, TOKENS))}", "requests", "Requests that wait in the engines' queues.",
+         ("cluster", "model")),
+    Rule("kilocopy:kv_cache_fraction:max", f"{served(or_zero(KV, TOKENS), 'max')}", "0-1", "KV cache in use, of the fullest replica.",
+         ("cluster", "model")),
+    Rule("kilocopy:replicas", served(f"count by (cluster, model_name, ReplicaId) ({TOKENS})", "count"), "replicas",
+         "Replicas whose engines report.", ("cluster", "model")),
+    Rule("kilocopy:output_tokens_per_second:rate1m", by_run(rate(m.OUTPUT_TOKENS)), "tokens/s", "Output tokens of requests that ended."),
+    Rule("kilocopy:server_tokens_per_second:rate1m", served(rate(TOKENS)), "tokens/s", "Output tokens by the engines' own counters.",
+         ("cluster", "model")),
+    Rule("kilocopy:tokens_per_second_per_copy:rate1m", "kilocopy:output_tokens_per_second:rate1m / (kilocopy:copies:mean1m > 0)",
+         "tokens/s", "Speed of one copy."),
+    Rule("kilocopy:tokens_per_second_per_device:rate1m",
+         f"kilocopy:output_tokens_per_second:rate1m / {by_run(m.DEVICES.sample, 'max')}", "tokens/s",
+         "Output tokens of one GPU (of the host, where there is none)."),
+    Rule(PAGES, f"{by_run(rate(m.OUTPUT_WORDS))} / {by_run(m.PAGE_WORDS.sample, 'max')}", "pages/s", "Pages of decoded text."),
+    # Energy and money
+    Rule("kilocopy:facility_watts:rate1m",
+         f"{by_run(m.PUE.sample, 'max')} * on (run) group_left () ({METERED} and on (run) ({COVERED_GPUS} or {COVERED_HOST}))", "W",
+         "Metered power times PUE; absent where a serving device has no meter."),
+    Rule("kilocopy:joules_per_page:rate1m", f"kilocopy:facility_watts:rate1m / ({PAGES} > 0)", "J", "Facility energy of a page."),
+    Rule("kilocopy:joules_per_output_token:rate1m",
+         "kilocopy:facility_watts:rate1m / (kilocopy:output_tokens_per_second:rate1m > 0)", "J", "Facility energy of an output token."),
+    Rule("kilocopy:wh_per_page:rate1m", "kilocopy:joules_per_page:rate1m / 3600", "Wh", "Facility energy of a page."),
+    Rule("kilocopy:electricity_usd_per_page:rate1m",
+         f"kilocopy:wh_per_page:rate1m / 1000 * {by_run(m.USD_PER_KWH.sample, 'max')}", "$",
+         "Electricity of a page; absent for rented hardware, whose rent includes it."),
+    Rule("kilocopy:hardware_usd_per_page:rate1m",
+         f"max by ({RUN}, kind) ({m.USD_PER_DEVICE_HOUR.sample}) * on ({RUN}) group_left () "
+         f"({by_run(m.DEVICES.sample, 'max')} / 3600 / ({PAGES} > 0))", "$",
+         "Capital and opex, or rent, of a page.", ("cluster", "model", "run", "kind")),
+    Rule("kilocopy:usd_per_page:rate1m",
+         f'sum by ({RUN}) (kilocopy:hardware_usd_per_page:rate1m{{kind="rented"}})'
+         f' or sum by ({RUN}) (kilocopy:hardware_usd_per_page:rate1m{{kind="owned"}}) + kilocopy:electricity_usd_per_page:rate1m', "$",
+         "All of a page: the rent, or capital, opex and electricity; absent where electricity is owed and not measured."),
+    Rule("kilocopy:pages_per_usd:rate1m", "1 / (kilocopy:usd_per_page:rate1m > 0)", "pages/$", "Pages that a dollar pays."),
+    Rule("kilocopy:pages_per_kwh:rate1m", "1000 / (kilocopy:wh_per_page:rate1m > 0)", "pages/kWh", "Pages that a kWh makes."),
+    # Quality
+    Rule("kilocopy:slo_attained_fraction:rate1m", f"{by_run(rate(m.SLO_ATTAINED))} / ({by_run(rate(m.SLO_JUDGED))} > 0)", "0-1",
+         "Share of the requests that held the SLO."),
+    Rule("kilocopy:error_fraction:rate1m",
+         f"({by_run(rate(FAILED))} or 0 * {by_run(rate(ALL_BUT_CANCELLED))}) / ({by_run(rate(ALL_BUT_CANCELLED))} > 0)", "0-1",
+         "Share of the requests that failed; cancelled ones are in neither."),
+    Rule("kilocopy:ttft_seconds:p50", quantile(0.5, m.TTFT), "s", "Time to the first token, median, from buckets."),
+    Rule("kilocopy:ttft_seconds:p99", quantile(0.99, m.TTFT), "s", "Time to the first token, 99th percentile, from buckets."),
+    Rule("kilocopy:inter_chunk_seconds:p50", quantile(0.5, m.ICL), "s", "Gap between chunks, median, from buckets."),
+    Rule("kilocopy:inter_chunk_seconds:p99", quantile(0.99, m.ICL), "s", "Gap between chunks, 99th percentile, from buckets."),
+    Rule("kilocopy:token_gap_fraction:rate5m",
+         f"({served(rate(TOKENS, '5m'))} - sum by ({MODEL}) {rate(m.OUTPUT_TOKENS, '5m')}) / ({served(rate(TOKENS, '5m'))} > 0)", "-1-1",
+         "What the servers counted more than the client, of the servers' tokens. Near 0 in a steady stage; other clients raise it.",
+         ("cluster", "model")),
+    # The driver
+    Rule("kilocopy:driver_cpu_fraction:rate1m", f"sum by ({RUN}, worker) {rate(m.CPU)}", "0-1", "Of one core, for each driver worker.",
+         ("cluster", "model", "run", "worker")),
+    Rule("kilocopy:driver_loop_lag_seconds:p99", quantile(0.99, m.LOOP_LAG, f"{RUN}, worker"), "s", "How late a worker's event loop woke.",
+         ("cluster", "model", "run", "worker")),
+    Rule("kilocopy:driver_send_lag_seconds:p99", quantile(0.99, m.SEND_LAG, f"{RUN}, worker"), "s", "How late requests were sent.",
+         ("cluster", "model", "run", "worker")),
+    Rule("kilocopy:driver_events_per_second:rate1m", f"sum by ({RUN}, worker) {rate(m.EVENTS)}", "events/s", "Events read from streams.",
+         ("cluster", "model", "run", "worker")),
+)  # fmt: skip
+
+_LAGS = "kilocopy:driver_loop_lag_seconds:p99"
+ALERTS = (
+    Alert("KilocopyDriverLimited",
+          f"(({_LAGS} > {LAG_S_MAX:g}) unless ({_LAGS} <= on ({RUN}) group_left () ({LAG_ITL_FRACTION:g} * kilocopy:inter_chunk_seconds:p50)))"
+          f" or kilocopy:driver_cpu_fraction:rate1m > {CPU_FRACTION_MAX:g} or kilocopy:driver_send_lag_seconds:p99 > {SEND_LAG_S_MAX:g}",
+          "30s", "warning",
+          "Worker {{ $labels.worker }} of run {{ $labels.run }} cannot keep up: what it sees is its own doing. Use more workers."),
+    Alert("KilocopySloBroken",
+          f"kilocopy:slo_attained_fraction:rate1m < {by_run(m.SLO_QUANTILE.sample, 'max')}", "1m", "warning",
+          "Only {{ $value | humanizePercentage }} of the streams of run {{ $labels.run }} hold the SLO."),
+    Alert("KilocopyReplicaDown", "kilocopy:replicas < max_over_time(kilocopy:replicas[10m])", "15s", "critical",
+          "{{ $value }} replicas of {{ $labels.model }} report, and there were more in the last 10 minutes."),
+    Alert("KilocopyCountersDisagree", "abs(kilocopy:token_gap_fraction:rate5m) > 0.1", "5m", "warning",
+          "Client and servers count tokens of {{ $labels.model }} {{ $value | humanizePercentage }} apart: another client, or lost tokens."),
+    Alert("KilocopyIdlePaidFor",
+          f"(kilocopy:server_copies == 0) and on ({MODEL}) (avg_over_time(kilocopy:server_copies[5m]) == 0)", "5m", "info",
+          "The replicas of {{ $labels.model }} have run nothing for 5 minutes, and are paid for."),
+)  # fmt: skip
+
+
+def document() -> dict[str, Any]:
+    """The rules as Prometheus' rule file has them: one group, in which later rules use the values of earlier ones."""
+    recorded = [{"record": rule.record, "expr": rule.expr} for rule in RULES]
+    alerts = [
+        {
+            "alert": alert.name,
+            "expr": alert.expr,
+            "for": alert.lasting,
+            "labels": {"severity": alert.severity},
+            "annotations": {"summary": alert.summary},
+        }
+        for alert in ALERTS
+    ]
+    return {"groups": [{"name": "kilocopy", "interval": "5s", "rules": recorded + alerts}]}
+
+
+def text() -> str:
+    """The rule file."""
+    yaml, out = YAML(), io.StringIO()
+    yaml.width = 10_000  # an expression on one line can be pasted into Prometheus
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(document(), out)
+    return "# Written by `python -m kilocopy.rules` from kilocopy/rules.py: edit there.\n" + out.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the rule file, or check that it is as written here (exit code 1 where not)."""
+    parser = argparse.ArgumentParser(prog="python -m kilocopy.rules", description="Prometheus rules.")
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args(argv).check:
+        same = PATH.exists() and PATH.read_text(encoding="utf-8") == text()
+        if not same:
+            print(f"{PATH}: differs from kilocopy/rules.py; run `python -m kilocopy.rules`", file=sys.stderr)
+        return 0 if same else 1
+    PATH.parent.mkdir(parents=True, exist_ok=True)
+    PATH.write_text(text(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

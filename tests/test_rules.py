@@ -1,0 +1,282 @@
+"""The rules by Prometheus' own tools: each quantity against numbers worked by hand, and what is absent where data is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kilocopy import rules
+
+pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian's package prometheus)")
+
+RUN = 'cluster="c",model="m",run="r"'
+KEY = {"cluster": "c", "model": "m", "run": "r"}
+MODEL = {"cluster": "c", "model": "m"}
+ENGINE = 'cluster="c",model_name="m",ReplicaId='
+SCALE = 1e9  # promtool compares bit by bit: values are compared as whole billionths
+Series = dict[str, str]
+Wanted = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def worker(name: str, number: int, values: str, labels: str = "") -> Series:
+    return {f'{name}{{{RUN},worker="{number}"{labels}}}': values}
+
+
+def driver() -> Series:
+    """Two workers, 64 copies, 2,000 tokens/s, 1,000 words/s; owned: $1.8 a GPU and hour for 2 GPUs, $0.1/kWh, PUE 1.2. A sample each 5 s."""
+    stage = ',stage="1"'
+    found: Series = {}
+    for number, copies in ((0, 30), (1, 34)):
+        found |= worker("kilocopy_in_flight", number, f"{copies}x60")
+        found |= worker("kilocopy_output_tokens_total", number, "0+5000x60", stage)
+        found |= worker("kilocopy_output_words_total", number, "0+2500x60", stage)
+        found |= worker("kilocopy_page_words", number, "500x60")
+        found |= worker("kilocopy_devices", number, "2x60", ',kind="gpu"')
+        found |= worker("kilocopy_usd_per_device_hour", number, "1.8x60", ',kind="owned"')
+        found |= worker("kilocopy_electricity_usd_per_kwh", number, "0.1x60")
+        found |= worker("kilocopy_pue", number, "1.2x60")
+        found |= worker("kilocopy_slo_quantile", number, "0.9x60")
+    return found
+
+
+def meters() -> Series:
+    """300 W and 200 W."""
+    meter = '{run="r",node="n",boundary="gpu",device='
+    return {f'kilocopy_energy_joules_total{meter}"a"}}': "7+1500x60", f'kilocopy_energy_joules_total{meter}"b"}}': "9+1000x60"}
+
+
+def promtool(tmp_path: Path, series: Series, wanted: Wanted, at: str = "2m", alerts: Any = None) -> None:
+    """`promtool test rules`; an empty list wants no data. The rules are those of the description, not of the file on the disk."""
+    (tmp_path / "rules.yaml").write_text(rules.text())
+    expressions = [
+        {
+            "expr": f"round({SCALE:g} * {expr})",
+            "eval_time": at,
+            "exp_samples": [
+                {"labels": "{" + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "}", "value": round(value * SCALE)}
+                for labels, value in samples
+            ],
+        }
+        for expr, samples in wanted.items()
+    ]
+    test = {
+        "interval": "5s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": expressions,
+        "alert_rule_test": alerts or [],
+    }
+    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "5s", "tests": [test]}
+    (tmp_path / "test.yaml").write_text(json.dumps(document))  # JSON is YAML
+    done = subprocess.run(["promtool", "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_committed_file_is_as_described_and_prometheus_reads_it() -> None:
+    assert rules.main(["--check"]) == 0
+    done = subprocess.run(["promtool", "check", "rules", str(rules.PATH)], capture_output=True, text=True, check=False)
+    assert f"{len(rules.RULES) + len(rules.ALERTS)} rules found" in done.stdout
+
+
+def test_copies_speed_pages(tmp_path: Path) -> None:
+    wanted: Wanted = {
+        "kilocopy:copies": [(KEY, 30 + 34)],
+        "kilocopy:copies:mean1m": [(KEY, 64)],
+        "kilocopy:output_tokens_per_second:rate1m": [(KEY, 2 * 5000 / 5)],
+        "kilocopy:tokens_per_second_per_copy:rate1m": [(KEY, 2000 / 64)],
+        "kilocopy:tokens_per_second_per_device:rate1m": [(KEY, 2000 / 2)],
+        "kilocopy:pages_per_second:rate1m": [(KEY, 2 * 2500 / 5 / 500)],
+    }
+    promtool(tmp_path, driver(), wanted)
+
+
+def test_joules_and_dollars_of_owned_hardware(tmp_path: Path) -> None:
+    wanted: Wanted = {
+        "kilocopy:facility_watts:rate1m": [(KEY, (300 + 200) * 1.2)],
+        "kilocopy:joules_per_page:rate1m": [(KEY, 600 / 2)],
+        "kilocopy:joules_per_output_token:rate1m": [(KEY, 600 / 2000)],
+        "kilocopy:wh_per_page:rate1m": [(KEY, 1 / 12)],
+        "kilocopy:pages_per_kwh:rate1m": [(KEY, 12_000)],
+        "kilocopy:electricity_usd_per_page:rate1m": [(KEY, 0.000008333)],  # 1/12 Wh at $0.1/kWh
+        "kilocopy:hardware_usd_per_page:rate1m": [(KEY | {"kind": "owned"}, 0.0005)],  # 2 x $1.8 / 7,200 pages an hour
+        "kilocopy:usd_per_page:rate1m": [(KEY, 0.000508333)],
+        "kilocopy:pages_per_usd:rate1m": [(KEY, 1 / (0.0005 + 1 / 120_000))],
+    }
+    promtool(tmp_path, driver() | meters(), wanted)
+
+
+COST = ("kilocopy:usd_per_page:rate1m", "kilocopy:wh_per_page:rate1m", "kilocopy:electricity_usd_per_page:rate1m", "kilocopy:pages_per_usd:rate1m")
+
+
+@pytest.mark.parametrize("missing", ["all", "one", "gone"])
+def test_a_missing_meter_is_no_data_and_no_zero(tmp_path: Path, missing: str) -> None:
+    """No meter at all, one of two GPUs without, one that fell silent after 100 s: capital is known, the price of a page is not."""
+    series = meters()
+    second = next(name for name in series if '"b"' in name)
+    series = {"all": {}, "one": {k: v for k, v in series.items() if k != second}, "gone": series | {second: "9+1000x19 stale"}}[missing]
+    wanted: Wanted = {name: [] for name in COST}
+    wanted["kilocopy:hardware_usd_per_page:rate1m"] = [(KEY | {"kind": "owned"}, 0.0005)]
+    promtool(tmp_path, driver() | series, wanted)
+
+
+def test_rent_has_no_electricity_on_top_and_needs_no_meter(tmp_path: Path) -> None:
+    series = {name.replace('"owned"', '"rented"'): values for name, values in driver().items() if "usd_per_kwh" not in name}
+    wanted: Wanted = {"kilocopy:usd_per_page:rate1m": [(KEY, 0.0005)], "kilocopy:electricity_usd_per_page:rate1m": []}
+    promtool(tmp_path, series | meters(), wanted | {"kilocopy:wh_per_page:rate1m": [(KEY, 1 / 12)]})
+    promtool(tmp_path, series, wanted | {"kilocopy:wh_per_page:rate1m": []})
+
+
+def test_a_host_that_serves_itself_needs_its_own_meter(tmp_path: Path) -> None:
+    series = {name.replace('kind="gpu"', 'kind="cpu"'): values for name, values in driver().items()}
+    promtool(tmp_path, series | meters(), {"kilocopy:facility_watts:rate1m": []})  # GPUs' meters, and CPUs serve
+    host = {'kilocopy_energy_joules_total{run="r",node="n",boundary="host",device="rapl:0"}': "0+500x60"}
+    promtool(tmp_path, series | host, {"kilocopy:facility_watts:rate1m": [(KEY, 100 * 1.2)]})
+
+
+def test_another_runs_meter_is_not_ours(tmp_path: Path) -> None:
+    others = {name.replace('run="r"', 'run="other"'): values for name, values in meters().items()}
+    promtool(tmp_path, driver() | others, {"kilocopy:facility_watts:rate1m": []})
+
+
+def test_nothing_made_has_no_price(tmp_path: Path) -> None:
+    """Copies in flight that have not made a page, and none in flight: no ratio is infinite, none is zero."""
+    idle = {name: "0x60" if "output" in name or "in_flight" in name else values for name, values in driver().items()}
+    wanted: Wanted = {name: [] for name in (*COST, "kilocopy:tokens_per_second_per_copy:rate1m", "kilocopy:joules_per_page:rate1m")}
+    promtool(tmp_path, idle | meters(), wanted | {"kilocopy:pages_per_second:rate1m": [(KEY, 0)], "kilocopy:copies": [(KEY, 0)]})
+
+
+def test_a_run_that_ended_stops_at_once(tmp_path: Path) -> None:
+    """Its pages are gone at 100 s: nothing fades out over the minute that follows."""
+    ended = {name: values.replace("x60", "x19") + " stale" for name, values in (driver() | meters()).items()}
+    names = (*COST, "kilocopy:copies", "kilocopy:copies:mean1m", "kilocopy:output_tokens_per_second:rate1m", "kilocopy:pages_per_second:rate1m")
+    promtool(tmp_path, ended, {name: [] for name in names}, at="105s")
+
+
+def test_a_counter_that_starts_again_is_never_negative(tmp_path: Path) -> None:
+    """30,000 words at 60 s, then 0 at 65 s and 27,500 at 120 s: 27,500 words in 60 s, 500 a page."""
+    series = {name: "0+2500x12 0+2500x40" if "words_total" in name else values for name, values in driver().items()}
+    promtool(tmp_path, series, {"kilocopy:pages_per_second:rate1m": [(KEY, 2 * 27_500 / 60 / 500)]})
+
+
+def engines() -> Series:
+    """Two replicas with 2,010 tokens/s; b has no gauges: it is idle."""
+    found = {f'ray_vllm_generation_tokens_total{{{ENGINE}"a"}}': "0+5025x60", f'ray_vllm_generation_tokens_total{{{ENGINE}"b"}}': "0+5025x60"}
+    found[f'ray_vllm_num_requests_running{{{ENGINE}"a"}}'] = "40x60"
+    found[f'ray_vllm_num_requests_waiting{{{ENGINE}"a"}}'] = "3x60"
+    found[f'ray_vllm_kv_cache_usage_perc{{{ENGINE}"a"}}'] = "0.25x60"
+    return found
+
+
+def test_servers_side_and_the_gap_to_the_client(tmp_path: Path) -> None:
+    wanted: Wanted = {
+        "kilocopy:server_copies": [(MODEL, 40)],
+        "kilocopy:server_waiting": [(MODEL, 3)],
+        "kilocopy:kv_cache_fraction:max": [(MODEL, 0.25)],
+        "kilocopy:replicas": [(MODEL, 2)],
+        "kilocopy:server_tokens_per_second:rate1m": [(MODEL, 2 * 5025 / 5)],
+        "kilocopy:token_gap_fraction:rate5m": [(MODEL, 10 / 2010)],
+    }
+    promtool(tmp_path, driver() | engines(), wanted)
+
+
+def test_gauges_that_vanish_when_idle_are_zero_only_beside_a_living_counter(tmp_path: Path) -> None:
+    gauges = ("kilocopy:server_copies", "kilocopy:server_waiting", "kilocopy:kv_cache_fraction:max")
+    idle = {name: values for name, values in engines().items() if "generation" in name}
+    promtool(tmp_path, idle, {name: [(MODEL, 0)] for name in gauges})
+    promtool(tmp_path, dict.fromkeys(idle, "0+1x19 stale"), {name: [] for name in gauges})
+
+
+def test_slo_errors_and_latency(tmp_path: Path) -> None:
+    stage = ',stage="1"'
+    series = worker("kilocopy_slo_judged_total", 0, "0+10x60", stage) | worker("kilocopy_slo_attained_total", 0, "0+8x60", stage)
+    for outcome, step in (("ok", 9), ("http_429", 1), ("cancelled", 3)):
+        series |= worker("kilocopy_requests_total", 0, f"0+{step}x60", f'{stage},outcome="{outcome}"')
+    for edge, step in (("0.1", 5), ("0.15", 10), ("+Inf", 10)):
+        series |= worker("kilocopy_ttft_seconds_bucket", 0, f"0+{step}x60", f'{stage},le="{edge}"')
+    wanted: Wanted = {
+        "kilocopy:slo_attained_fraction:rate1m": [(KEY, 0.8)],
+        "kilocopy:error_fraction:rate1m": [(KEY, 0.1)],  # 1 of 9 + 1: who cancelled did not fail
+        "kilocopy:ttft_seconds:p50": [(KEY, 0.1)],
+        "kilocopy:ttft_seconds:p99": [(KEY, 0.1 + 0.05 * (9.9 - 5) / 5)],
+    }
+    promtool(tmp_path, series, wanted)
+    fine = {name: values for name, values in series.items() if "429" not in name}
+    promtool(tmp_path, fine, {"kilocopy:error_fraction:rate1m": [(KEY, 0)]})
+    silent = dict.fromkeys(series, "0x60")
+    promtool(tmp_path, silent, {name: [] for name in wanted})
+
+
+def lags(fraction_late: float) -> Series:
+    """100 probes a second, of which some woke 20 to 50 ms late and the others under 0.5 ms."""
+    late = round(500 * fraction_late)
+    counts = {"0.0005": 500 - late, "0.02": 500 - late, "0.05": 500, "+Inf": 500}
+    return {k: v for edge, step in counts.items() for k, v in worker("kilocopy_loop_lag_seconds_bucket", 0, f"0+{step}x60", f',le="{edge}"').items()}
+
+
+def alert(name: str, at: str, fires: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"alertname": name, "eval_time": at, "exp_alerts": fires}
+
+
+def fires(severity: str, labels: dict[str, str], summary: str) -> dict[str, Any]:
+    return {"exp_labels": labels | {"severity": severity}, "exp_annotations": {"summary": summary}}
+
+
+def test_a_driver_that_lags_says_so_unless_the_models_own_pace_is_slower(tmp_path: Path) -> None:
+    said = fires("warning", KEY | {"worker": "0"}, "Worker 0 of run r cannot keep up: what it sees is its own doing. Use more workers.")
+    promtool(tmp_path, lags(0.02), {}, alerts=[alert("KilocopyDriverLimited", "2m", [said])])
+    promtool(tmp_path, lags(0.001), {}, alerts=[alert("KilocopyDriverLimited", "2m", [])])
+    gaps = {"1": 0, "2": 10, "+Inf": 10}  # 1.5 s a token: 35 ms are nothing
+    slow = {k: v for e, n in gaps.items() for k, v in worker("kilocopy_inter_chunk_seconds_bucket", 0, f"0+{n}x60", f',stage="0",le="{e}"').items()}
+    promtool(tmp_path, lags(0.02) | slow, {}, alerts=[alert("KilocopyDriverLimited", "2m", [])])
+    busy = worker("kilocopy_driver_cpu_seconds_total", 0, "0+4.9x60")
+    promtool(tmp_path, busy, {"kilocopy:driver_cpu_fraction:rate1m": [(KEY | {"worker": "0"}, 0.98)]}, alerts=[alert("KilocopyDriverLimited", "2m", [said])])
+
+
+def test_alerts_of_slo_replicas_counters_and_idleness(tmp_path: Path) -> None:
+    stage = ',stage="1"'
+    slo = worker("kilocopy_slo_judged_total", 0, "0+10x60", stage) | worker("kilocopy_slo_attained_total", 0, "0+8x60", stage)
+    slo |= worker("kilocopy_slo_quantile", 0, "0.9x60")
+    broken = fires("warning", KEY, "Only 80% of the streams of run r hold the SLO.")
+    promtool(tmp_path, slo, {}, alerts=[alert("KilocopySloBroken", "2m30s", [broken])])
+    held = slo | worker("kilocopy_slo_attained_total", 0, "0+9x60", stage)
+    promtool(tmp_path, held, {}, alerts=[alert("KilocopySloBroken", "2m30s", [])])
+
+    second = f'ray_vllm_generation_tokens_total{{{ENGINE}"b"}}'
+    down = fires("critical", MODEL, "1 replicas of m report, and there were more in the last 10 minutes.")
+    promtool(tmp_path, engines() | {second: "0+5025x19 stale"}, {}, alerts=[alert("KilocopyReplicaDown", "2m30s", [down])])
+    promtool(tmp_path, engines(), {}, alerts=[alert("KilocopyReplicaDown", "2m30s", [])])
+
+    long = {name: values.replace("x60", "x200") for name, values in (driver() | engines()).items()}
+    promtool(tmp_path, long, {}, at="15m", alerts=[alert("KilocopyCountersDisagree", "15m", []), alert("KilocopyIdlePaidFor", "15m", [])])
+    other = long | {second: "0+10050x200"}  # (3015 - 2000) / 3015
+    said = fires("warning", MODEL, "Client and servers count tokens of m 33.67% apart: another client, or lost tokens.")
+    promtool(tmp_path, other, {}, at="15m", alerts=[alert("KilocopyCountersDisagree", "15m", [said])])
+
+    idle = {name: "7x200" for name in long if "generation" in name}
+    said = fires("info", MODEL, "The replicas of m have run nothing for 5 minutes, and are paid for.")
+    promtool(tmp_path, idle, {}, at="15m", alerts=[alert("KilocopyIdlePaidFor", "15m", [said])])
+
+
+def test_the_driver_by_its_workers(tmp_path: Path) -> None:
+    series = worker("kilocopy_stream_events_total", 0, "0+50000x60") | worker("kilocopy_stream_events_total", 1, "0+40000x60")
+    for edge, step in (("0.005", 50), ("0.01", 100), ("+Inf", 100)):
+        series |= worker("kilocopy_send_lag_seconds_bucket", 1, f"0+{step}x60", f',stage="0",le="{edge}"')
+        series |= worker("kilocopy_inter_chunk_seconds_bucket", 1, f"0+{step}x60", f',stage="0",le="{edge}"')
+    wanted: Wanted = {
+        "kilocopy:driver_events_per_second:rate1m": [(KEY | {"worker": "0"}, 10_000), (KEY | {"worker": "1"}, 8_000)],
+        "kilocopy:driver_send_lag_seconds:p99": [(KEY | {"worker": "1"}, 0.005 + 0.005 * 49 / 50)],
+        "kilocopy:driver_loop_lag_seconds:p99": [(KEY | {"worker": "0"}, 0.02 + 0.03 * 5 / 10)],
+        "kilocopy:inter_chunk_seconds:p50": [(KEY, 0.005)],
+        "kilocopy:inter_chunk_seconds:p99": [(KEY, 0.005 + 0.005 * 49 / 50)],
+    }
+    promtool(tmp_path, series | lags(0.02), wanted)
+
+
+def test_every_quantity_and_alert_is_tested_here() -> None:
+    here = Path(__file__).read_text()
+    names = [rule.record for rule in rules.RULES] + [alert.name for alert in rules.ALERTS]
+    assert [name for name in names if f'"{name}"' not in here] == []
