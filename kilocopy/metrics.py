@@ -38,7 +38,7 @@ def wanted(page: bytes) -> bytes:
 # --------------------------------------------------------------------------------------------------- what kilocopy exports
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # each is itself: a key of dictionaries that are read for every request
 class Metric:
     """One of kilocopy's own metrics: a counter's name has no `_total` here, its sample has. Units are in the name."""
 
@@ -94,3 +94,10 @@ DRIVER_METRICS = (
     REQUESTS, SENT, OUTPUT_TOKENS, PROMPT_TOKENS, OUTPUT_WORDS, EVENTS, SLO_JUDGED, SLO_ATTAINED, TTFT, ICL, E2E, SEND_LAG, LOOP_LAG,
     IN_FLIGHT, COPIES_ASKED, STAGE, CPU, RSS, PAGE_WORDS, DEVICES, USD_PER_DEVICE_HOUR, USD_PER_KWH, PUE, SLO_QUANTILE,
 )  # fmt: skip
+
+# The servers' metrics that dashboards show and a run on CPUs does not have: what is on a GPU's node, and what comes with the first hit.
+SERVERS_ON_DEMAND = {
+    "ray_node_gpus_utilization": ("ip", "GpuIndex", "GpuDeviceName"),
+    "ray_node_gram_used": ("ip", "GpuIndex", "GpuDeviceName"),
+    "ray_vllm_prefix_cache_hits_total": ("ReplicaId", "WorkerId", "engine", "model_name"),
+}

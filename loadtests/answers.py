@@ -107,22 +107,39 @@ def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.i
     Follows the SSE standard: LF, CRLF or CR end a line, a blank line ends an event, several `data` lines are one payload
     joined by LF, comments, other fields and empty data are skipped, and an event without its blank line does not exist.
     """
-    pieces = _one_line_end(pieces)
     blob = b"".join(pieces)
-    blocks = blob.split(b"\n\n")[:-1]
-    # An event ends with its blank line's LF: the piece that holds this byte completed it.
-    last_byte = np.cumsum(np.fromiter(map(len, blocks), np.int64, len(blocks)) + 2) - 1
+    if b"\r" in blob:
+        pieces = _one_line_end(pieces)
+        blob = b"".join(pieces)
+    payloads, ends = _plain_events(blob) or _any_events(blob)
     piece_ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)))
-    piece_of = np.searchsorted(piece_ends, last_byte, side="right")
+    # An event ends with its blank line's LF: the piece that holds this byte completed it.
+    return payloads, np.searchsorted(piece_ends, ends - 1, side="right")
+
+
+def _plain_events(blob: bytes) -> tuple[list[bytes], npt.NDArray[np.int64]] | None:
+    """Payloads and ends (in bytes) of a body in which every event is one `data: ` line with something in it; None for any other."""
+    if not (blob.startswith(b"data: ") and blob.endswith(b"\n\n")):
+        return None
+    payloads = blob[6:-2].split(b"\n\ndata: ")
+    if blob.count(b"\n") != 2 * len(payloads) or b"" in payloads:
+        return None
+    return payloads, np.cumsum(np.fromiter(map(len, payloads), np.int64, len(payloads)) + 8)
+
+
+def _any_events(blob: bytes) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+    """Payloads and ends (in bytes) of the whole events of any body."""
+    blocks = blob.split(b"\n\n")[:-1]
+    ends = np.cumsum(np.fromiter(map(len, blocks), np.int64, len(blocks)) + 2)
     if blocks and blocks[0].startswith(_BOM):
         blocks[0] = blocks[0].removeprefix(_BOM)
-    data = [block[6:] if block[:6] == b"data: " and b"\n" not in block else _data(block) for block in blocks]
+    data = [_data(block) for block in blocks]
     keep = [index for index, payload in enumerate(data) if payload]
-    return [payload for payload in data if payload], piece_of[keep]
+    return [payload for payload in data if payload], ends[keep]
 
 
 def _data(block: bytes) -> bytes:
-    """The payload of an event that is more than one plain `data: ` line; empty without any."""
+    """The payload of an event: its `data` lines, joined; empty without any."""
     lines = []
     for line in block.split(b"\n"):
         name, _, value = line.partition(b":")
@@ -132,9 +149,7 @@ def _data(block: bytes) -> bytes:
 
 
 def _one_line_end(pieces: Sequence[bytes]) -> Sequence[bytes]:
-    """The same pieces with LF as the only line end; a CRLF may lie across two pieces. Nearly always there is nothing to do."""
-    if not any(b"\r" in piece for piece in pieces):
-        return pieces
+    """The same pieces with LF as the only line end; a CRLF may lie across two pieces."""
     unified, after_cr = [], False
     for piece in pieces:
         lf_done = after_cr and piece.startswith(b"\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class _Buckets:
 
     def add_one(self, labels: Values, value: float) -> None:
         """As `add`, without making an array for one value."""
-        self._counts[labels][int(np.searchsorted(self._edges, value, side="left"))] += 1
+        self._counts[labels][bisect_left(self.metric.buckets, value)] += 1
         self._sums[labels] += value
 
     def family(self, constant: Values) -> HistogramMetricFamily:

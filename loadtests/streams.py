@@ -109,6 +109,9 @@ class Stream:
         # For the sweep, which decides whether a silence is over its limit.
         self.alive_ns = 0
         self.has_text = False
+        self._listen()
+
+    def _listen(self) -> None:
         # httptools calls list.append itself: no Python frame for a piece of the body.
         self.on_body: Callable[[bytes], None] = self.pieces.append
         self.parser = httptools.HttpResponseParser(self)
@@ -157,9 +160,11 @@ class Stream:
             problem = f"the answer is not HTTP: {error}"
         except httptools.HttpParserUpgrade:
             problem = "the server wants to speak another protocol than HTTP (101)"
-        stamps_ns, pieces = self.stamps_ns, self.pieces
-        while len(stamps_ns) < len(pieces):
-            stamps_ns.append(now_ns)
+        more = len(self.pieces) - len(self.stamps_ns)
+        if more == 1:
+            self.stamps_ns.append(now_ns)
+        elif more:
+            self.stamps_ns.extend([now_ns] * more)
         return problem
 
     @property
@@ -191,6 +196,7 @@ class Stream:
         """Be as new; for a request that is sent again since nothing came back."""
         self.sent_ns, self.outcome, self.error = None, None, None
         self.ended.clear()
+        self._listen()
 
     def end(self, now_ns: int, outcome: str | None = None, error: str | None = None) -> None:
         """The stream is over; the greenlet that waits for it is woken. Only the first call counts."""
@@ -199,6 +205,7 @@ class Stream:
                 self.pieces.clear()
                 del self.stamps_ns[:]
             self.finished_ns, self.outcome, self.error = now_ns, outcome, error
+            del self.parser, self.on_body  # they know this stream: without the circle it goes when it is done with, and not to the collector
             self.ended.set()
 
 
@@ -234,7 +241,7 @@ class Connection:
             self._lost(now_ns, "the server closed the connection")
             return
         problem = stream.take(data, now_ns)
-        if stream.whole or stream.bytes > LIKELY_BYTES or stream.status != 200 or stream.coding or problem or self._tls:
+        if problem is not None or stream.whole or stream.bytes > LIKELY_BYTES or stream.status != 200 or stream.coding or self._tls:
             self._judge(now_ns, problem)
 
     def _decrypt(self, data: memoryview) -> bytes:
