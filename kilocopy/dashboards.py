@@ -1,0 +1,348 @@
+"""Grafana's four dashboards from one description, as plain JSON: what people watch during a run.
+
+Panels show the recording rules (kilocopy/rules.py), kilocopy's own metrics and the servers'; of Ray's histograms only buckets, since
+their sums are invented. Plain dictionaries: the part of Grafana's model that is used here is small, and reads as what it is.
+
+    python -m kilocopy.dashboards [--check]     writes dashboards/*.json and the rules, or says what is not as written here
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kilocopy import metrics as m
+from kilocopy import rules
+
+DIRECTORY = Path(__file__).resolve().parent.parent / "dashboards"
+WIDTH = 24
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+# What a panel's query selects: a run, the servers of a model (their label for it is `model_name`), a node of Ray's.
+RUN = 'cluster=~"$cluster",model=~"$model",run=~"$run"'
+MODEL = 'cluster=~"$cluster",model=~"$model"'
+SERVERS = 'cluster=~"$cluster",model_name=~"$model"'
+NODE = 'cluster=~"$cluster",ip=~"$node"'
+STAGE = f'{RUN},stage=~"$stage"'
+
+GPT3_WH_PER_PAGE, RULE_PAGES_PER_USD = 4, 500  # kilocopy/references.py: the GPT-3 paper, section 6.3; the rule of thumb of 2020
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One panel: what it says and how large. `queries` are (expression, legend); `right` are legends on the right axis."""
+
+    title: str
+    description: str
+    queries: tuple[tuple[str, str], ...]
+    unit: str = "short"
+    kind: str = "timeseries"
+    width: int = 8
+    height: int = 7
+    low: float | None = 0
+    high: float | None = None
+    decimals: int | None = None
+    right: tuple[str, str] | None = None  # legend, unit
+    words: dict[str, tuple[str, str]] = field(default_factory=dict)  # value -> what it means, colour
+
+
+@dataclass(frozen=True, slots=True)
+class Dashboard:
+    """One dashboard: which file, what it answers, and its panels in the order of reading, left to right."""
+
+    uid: str
+    title: str
+    description: str
+    panels: tuple[Panel, ...]
+
+
+def stat(title: str, query: str, unit: str, description: str, *, decimals: int | None = None, width: int = 4, **more: Any) -> Panel:
+    """A number of now, with its line behind it."""
+    return Panel(title, description, ((query, title),), unit, "stat", width, 4, decimals=decimals, **more)
+
+
+def quantile(q: float, bucket: str, selected: str, by: str = "") -> str:
+    """A quantile of a histogram's buckets over the last minute."""
+    return f"histogram_quantile({q:g}, sum by ({by}{', ' if by else ''}le) (rate({bucket}{{{selected}}}[1m])))"
+
+
+def heat(bucket: str, selected: str) -> str:
+    """Observations per second in each bucket."""
+    return f"sum by (le) (rate({bucket}{{{selected}}}[1m]))"
+
+
+COPIES = Dashboard(
+    "kilocopy-copies",
+    "Copies and cost",
+    "How many copies run now, how fast, and what a page costs.",
+    (
+        stat("Copies now", f"kilocopy:copies{{{RUN}}}", "short", "Streams open at the driver.", decimals=0),
+        stat("Pages per hour", f"3600 * kilocopy:pages_per_second:rate1m{{{RUN}}}", "short", "Pages of decoded text, as the spec defines a page.", decimals=0),
+        stat("$ per page", f"kilocopy:usd_per_page:rate1m{{{RUN}}}", "currencyUSD", "Rent, or capital, opex and metered electricity. No data where electricity is owed and not metered.", decimals=7),
+        stat("Wh per page", f"kilocopy:wh_per_page:rate1m{{{RUN}}}", "watth", "Metered energy times PUE. No data without a meter for every serving device.", decimals=4),
+        stat("Pages per dollar", f"kilocopy:pages_per_usd:rate1m{{{RUN}}}", "short", "1 / ($ per page).", decimals=0),
+        stat("Streams that hold the SLO", f"kilocopy:slo_attained_fraction:rate1m{{{RUN}}}", "percentunit", "Share of the requests that ended in the last minute and held speed and TTFT.", high=1, decimals=1),
+        Panel("Copies", "In flight at the driver, asked for, and running in the engines: the three agree in a steady stage.", (
+            (f"kilocopy:copies{{{RUN}}}", "in flight"),
+            (f"sum by (cluster, model, run) ({m.COPIES_ASKED.sample}{{{RUN}}})", "asked"),
+            (f"kilocopy:server_copies{{{MODEL}}}", "running in the engines"),
+        )),
+        Panel("Copies against speed", "As copies grow, each gets slower and all together faster.", (
+            (f"kilocopy:tokens_per_second_per_copy:rate1m{{{RUN}}}", "tokens/s per copy"),
+            (f"kilocopy:output_tokens_per_second:rate1m{{{RUN}}}", "tokens/s of all"),
+        ), right=("tokens/s of all", "short")),
+        Panel("SLO", "Share of streams that hold the SLO, and the share that must.", (
+            (f"kilocopy:slo_attained_fraction:rate1m{{{RUN}}}", "held"),
+            (f"max({m.SLO_QUANTILE.sample}{{{RUN}}})", "must"),
+            (f"kilocopy:error_fraction:rate1m{{{RUN}}}", "failed"),
+        ), "percentunit", high=1),
+        Panel("Price of a page", "Its parts. The line at the top is the rule of thumb of 2020: 500 pages per dollar.", (
+            (f"kilocopy:hardware_usd_per_page:rate1m{{{RUN}}}", "{{kind}} hardware"),
+            (f"kilocopy:electricity_usd_per_page:rate1m{{{RUN}}}", "electricity"),
+            (f"kilocopy:usd_per_page:rate1m{{{RUN}}}", "all"),
+            (f"vector({1 / RULE_PAGES_PER_USD:g})", "rule of thumb, 2020"),
+        ), "currencyUSD", low=None),
+        Panel("Energy of a page", "Facility energy. The line is GPT-3's: 0.4 kWh for 100 pages; its boundary and its page are not stated.", (
+            (f"kilocopy:wh_per_page:rate1m{{{RUN}}}", "this run"),
+            (f"vector({GPT3_WH_PER_PAGE})", "GPT-3, 2020"),
+        ), "watth", low=None),
+        Panel("Time to first token, by stage", "From the send; in open loop from when it was due. From buckets: the report has the exact ones.", (
+            (quantile(0.5, f"{m.TTFT.name}_bucket", STAGE, "stage"), "p50 stage {{stage}}"),
+            (quantile(0.99, f"{m.TTFT.name}_bucket", STAGE, "stage"), "p99 stage {{stage}}"),
+        ), "s"),
+    ),
+)  # fmt: skip
+
+ENGINE_TOKENS = f"sum by (ReplicaId) (rate(ray_vllm_generation_tokens_total{{{SERVERS}}}[1m]))"
+HITS = f"sum by (ReplicaId) (rate(ray_vllm_prefix_cache_hits_total{{{SERVERS}}}[1m]))"  # absent until the first hit
+LOOKED_UP = f"sum by (ReplicaId) (rate(ray_vllm_prefix_cache_queries_total{{{SERVERS}}}[1m]))"
+REPLICAS = Dashboard(
+    "kilocopy-replicas",
+    "Replicas",
+    "What each engine does, whether they share the work evenly, and what serving adds to the engine's own time.",
+    (
+        Panel("Running", "Sequences that each engine runs. No line: the engine reports nothing while idle.", (
+            (f"sum by (ReplicaId) (ray_vllm_num_requests_running{{{SERVERS}}})", "{{ReplicaId}}"),), width=6),
+        Panel("Waiting", "Requests in each engine's queue.", (
+            (f"sum by (ReplicaId) (ray_vllm_num_requests_waiting{{{SERVERS}}})", "{{ReplicaId}}"),), width=6),
+        Panel("KV cache", "In use. Near 100 % the engine preempts.", (
+            (f"max by (ReplicaId) (ray_vllm_kv_cache_usage_perc{{{SERVERS}}})", "{{ReplicaId}}"),), "percentunit", width=6, high=1),
+        Panel("Tokens/s", "Output tokens by the engine's own counter.", ((ENGINE_TOKENS, "{{ReplicaId}}"),), width=6),
+        Panel("Imbalance", "The busiest replica's tokens/s over the mean of all: 1 is even.", (
+            (f"max({ENGINE_TOKENS}) / (avg({ENGINE_TOKENS}) > 0)", "busiest over mean"),), width=6, low=1),
+        Panel("Prefix cache hits", "Of the prompt tokens looked up. Synthetic prompts should hit nothing but shared prefixes.", (
+            (f"({HITS} or 0 * {LOOKED_UP}) / ({LOOKED_UP} > 0)", "{{ReplicaId}}"),
+        ), "percentunit", width=6, high=1),
+        Panel("Replicas", "That report, and that Serve calls healthy.", (
+            (f"kilocopy:replicas{{{MODEL}}}", "report"),
+            ('sum by (deployment) (ray_serve_deployment_replica_healthy{cluster=~"$cluster",deployment=~"LLMServer.*"})', "healthy: {{deployment}}"),
+        ), width=6),
+        Panel("Client and servers", "What the servers counted more than the client, of their tokens. Near 0 in a steady stage.", (
+            (f"kilocopy:token_gap_fraction:rate5m{{{MODEL}}}", "gap"),), "percentunit", width=6, low=None),
+        Panel("TTFT in the engines", "Requests per second in each bucket.", (
+            (heat("ray_vllm_time_to_first_token_seconds_bucket", SERVERS), "{{le}}"),), "s", "heatmap", 8, 8),
+        Panel("Inter-token latency in the engines", "Tokens per second in each bucket.", (
+            (heat("ray_vllm_inter_token_latency_seconds_bucket", SERVERS), "{{le}}"),), "s", "heatmap", 8, 8),
+        Panel("The serving tax", "The client's median TTFT and the engines': the distance is HTTP, routing and queues outside the engine.", (
+            (f"kilocopy:ttft_seconds:p50{{{RUN}}}", "client TTFT"),
+            (quantile(0.5, "ray_vllm_time_to_first_token_seconds_bucket", SERVERS), "engine TTFT"),
+            (f"kilocopy:inter_chunk_seconds:p50{{{RUN}}}", "client gap"),
+            (quantile(0.5, "ray_vllm_inter_token_latency_seconds_bucket", SERVERS), "engine gap"),
+        ), "s", height=8),
+    ),
+)  # fmt: skip
+
+METER = f"rate({m.ENERGY.sample}{{run=~\"$run\"}}[1m])"
+HARDWARE = Dashboard(
+    "kilocopy-hardware",
+    "Hardware and energy",
+    "Power and energy by the meters, and how busy GPUs and hosts are. What no meter counts is not here.",
+    (
+        stat("Power of the facility", f"kilocopy:facility_watts:rate1m{{{RUN}}}", "watt", "Metered power times PUE. No data where a serving device has no meter.", width=6),
+        stat("J per output token", f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "joule", "Facility energy, prefill too.", width=6, decimals=3),
+        stat("Pages per kWh", f"kilocopy:pages_per_kwh:rate1m{{{RUN}}}", "short", "Pages that a kWh of the facility makes.", width=6, decimals=0),
+        stat("Tokens/s per GPU", f"kilocopy:tokens_per_second_per_device:rate1m{{{RUN}}}", "short", "Of the host, where there is no GPU.", width=6),
+        Panel("Power", "By each meter's own counter: GPUs (NVML), CPU packages (RAPL).", (
+            (f"sum by (node, device, boundary) ({METER})", "{{node}} {{boundary}} {{device}}"),), "watt"),
+        Panel("Energy since the start", "Of each meter, in the time shown.", (
+            (f'sum by (node, boundary) (increase({m.ENERGY.sample}{{run=~"$run"}}[$__range]))', "{{node}} {{boundary}}"),), "joule"),
+        Panel("Joules per token and page", "Facility energy.", (
+            (f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "per output token"),
+            (f"kilocopy:joules_per_page:rate1m{{{RUN}}}", "per page"),
+        ), "joule", right=("per page", "joule")),
+        Panel("GPU utilisation", "As NVML says: a kernel ran; it may have been a small one.", (
+            (f"ray_node_gpus_utilization{{{NODE}}}", "{{ip}} GPU {{GpuIndex}}"),), "percent", width=6, high=100),
+        Panel("GPU memory", "In use.", ((f"1048576 * ray_node_gram_used{{{NODE}}}", "{{ip}} GPU {{GpuIndex}}"),), "bytes", width=6),
+        Panel("Host CPU", "All cores together.", ((f"ray_node_cpu_utilization{{{NODE}}}", "{{ip}}"),), "percent", width=6, high=100),
+        Panel("Host memory", "In use, and there.", (
+            (f"ray_node_mem_used{{{NODE}}}", "{{ip}} used"), (f"ray_node_mem_total{{{NODE}}}", "{{ip}} there")), "bytes", width=6),
+    ),
+)  # fmt: skip
+
+LIMITED = "KilocopyDriverLimited"
+DRIVER = Dashboard(
+    "kilocopy-driver",
+    "Driver health",
+    "Whether the load generator is the limit: then what it sees is its own doing.",
+    (
+        stat("Verdict", f'count(ALERTS{{alertname="{LIMITED}",alertstate="firing",{RUN}}}) or 0 * count(kilocopy:copies{{{RUN}}})', "short",
+             "From the alert on loop lag, CPU and send lag.", width=12,
+             words={"0": ("The driver keeps up", "green"), "1": ("The driver is the limit: use more workers", "red")}),
+        stat("Worst loop lag, p99", f"max(kilocopy:driver_loop_lag_seconds:p99{{{RUN}}})", "s", "Over 5 ms, or a tenth of the gap between tokens, latencies are not to be trusted.", width=6),
+        stat("Busiest worker", f"max(kilocopy:driver_cpu_fraction:rate1m{{{RUN}}})", "percentunit", "Of one core.", width=6, high=1),
+        Panel("Loop lag, p99", "How late each worker's event loop woke.", ((f"kilocopy:driver_loop_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s"),
+        Panel("CPU", "Of one core, each worker.", ((f"kilocopy:driver_cpu_fraction:rate1m{{{RUN}}}", "worker {{worker}}"),), "percentunit", high=1),
+        Panel("Send lag, p99", "How late requests were sent.", ((f"kilocopy:driver_send_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s"),
+        Panel("Events", "Read from streams.", ((f"kilocopy:driver_events_per_second:rate1m{{{RUN}}}", "worker {{worker}}"),), "cps"),
+        Panel("Requests by outcome", "That ended. `dropped`: could not be sent at all.", (
+            (f"sum by (outcome) (rate({m.REQUESTS.sample}{{{STAGE}}}[1m]))", "{{outcome}}"),), "reqps"),
+        Panel("Memory", "Resident, each worker.", ((f"{m.RSS.sample}{{{RUN}}}", "worker {{worker}}"),), "bytes"),
+        Panel("Stage", "What each worker plays.", ((f"{m.STAGE.sample}{{{STAGE}}}", "worker {{worker}}: stage {{stage}}.{{level}} {{kind}} {{phase}}"),), "short", "state-timeline", 12, 6, words={"1": ("plays", "blue")}),
+        Panel("Gaps between chunks", "As the client saw them.", ((heat(f"{m.ICL.name}_bucket", STAGE), "{{le}}"),), "s", "heatmap", 12, 6),
+    ),
+)  # fmt: skip
+
+DASHBOARDS = (COPIES, REPLICAS, HARDWARE, DRIVER)
+
+
+def variables() -> list[dict[str, Any]]:
+    """Data source, cluster, model, run, stage, node: each from what is there."""
+    asked = (
+        ("cluster", f"label_values({m.IN_FLIGHT.sample}, cluster)"),
+        ("model", f'label_values({m.IN_FLIGHT.sample}{{cluster=~"$cluster"}}, model)'),
+        ("run", f'label_values({m.IN_FLIGHT.sample}{{cluster=~"$cluster",model=~"$model"}}, run)'),
+        ("stage", f"label_values({m.STAGE.sample}{{{RUN}}}, stage)"),
+        ("node", 'label_values(ray_node_cpu_utilization{cluster=~"$cluster"}, ip)'),
+    )
+    source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "current": {}}
+    return [source] + [
+        {
+            "name": name,
+            "label": name.capitalize(),
+            "type": "query",
+            "datasource": SOURCE,
+            "query": {"query": query, "refId": name},
+            "definition": query,
+            "refresh": 2,  # with the time range
+            "sort": 2 if name == "run" else 1,  # the newest run first
+            "includeAll": name != "run",
+            "multi": name != "run",
+            "allValue": ".*" if name != "run" else None,
+            "current": {} if name == "run" else {"text": ["All"], "value": ["$__all"]},
+        }
+        for name, query in asked
+    ]
+
+
+def _targets(panel: Panel) -> list[dict[str, Any]]:
+    form = "heatmap" if panel.kind == "heatmap" else "time_series"
+    return [
+        {"refId": chr(ord("A") + index), "datasource": SOURCE, "expr": expr, "legendFormat": legend, "format": form, "range": True}
+        for index, (expr, legend) in enumerate(panel.queries)
+    ]
+
+
+def _options(panel: Panel) -> dict[str, Any]:
+    if panel.kind == "stat":
+        return {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "none" if panel.words else "area", "colorMode": "value"}
+    if panel.kind == "heatmap":
+        return {"calculate": False, "yAxis": {"unit": panel.unit}, "color": {"scheme": "Blues", "mode": "scheme"}, "cellGap": 1}
+    if panel.kind == "state-timeline":
+        return {"showValue": "never", "mergeValues": True, "legend": {"showLegend": False}}
+    return {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True}, "tooltip": {"mode": "multi", "sort": "desc"}}
+
+
+def _fields(panel: Panel) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"unit": panel.unit, "noValue": "no data"}
+    limits = {"min": panel.low, "max": panel.high, "decimals": panel.decimals}
+    defaults |= {key: value for key, value in limits.items() if value is not None}
+    if panel.words:
+        options = {value: {"text": said, "color": colour, "index": i} for i, (value, (said, colour)) in enumerate(panel.words.items())}
+        defaults["mappings"] = [{"type": "value", "options": options}]
+    if panel.kind == "timeseries":
+        defaults["custom"] = {"lineWidth": 2, "fillOpacity": 8, "showPoints": "never", "spanNulls": False}  # a gap stays a gap
+    overrides = []
+    if panel.right:
+        legend, unit = panel.right
+        moved = [{"id": "custom.axisPlacement", "value": "right"}, {"id": "unit", "value": unit}]
+        overrides = [{"matcher": {"id": "byName", "options": legend}, "properties": moved}]
+    return {"defaults": defaults, "overrides": overrides}
+
+
+def _placed(panels: tuple[Panel, ...]) -> Iterator[dict[str, Any]]:
+    """Panels from left to right, a new row where one does not fit; ids in the order of reading."""
+    x = y = row_height = 0
+    for number, panel in enumerate(panels, 1):
+        if x + panel.width > WIDTH:
+            x, y, row_height = 0, y + row_height, 0
+        yield {
+            "id": number,
+            "type": panel.kind,
+            "title": panel.title,
+            "description": panel.description,
+            "datasource": SOURCE,
+            "gridPos": {"x": x, "y": y, "w": panel.width, "h": panel.height},
+            "targets": _targets(panel),
+            "options": _options(panel),
+            "fieldConfig": _fields(panel),
+        }
+        x, row_height = x + panel.width, max(row_height, panel.height)
+
+
+def document(dashboard: Dashboard) -> dict[str, Any]:
+    """A dashboard as Grafana imports it; `id` is left to Grafana, `uid` makes a second push an update."""
+    stages = {
+        "name": "Stages",
+        "datasource": SOURCE,
+        "enable": True,
+        "iconColor": "blue",
+        "expr": f'max by (stage, level, kind) ({m.STAGE.sample}{{{RUN},phase="window"}})',
+        "titleFormat": "Stage {{stage}}.{{level}} ({{kind}})",
+        "step": "5s",
+    }
+    others = {"type": "dashboards", "title": "kilocopy", "tags": ["kilocopy"], "asDropdown": False, "includeVars": True, "keepTime": True}
+    return {
+        "uid": dashboard.uid,
+        "title": f"kilocopy: {dashboard.title}",
+        "description": dashboard.description,
+        "tags": ["kilocopy"],
+        "schemaVersion": 39,
+        "editable": True,
+        "graphTooltip": 1,  # one cross-hair for all panels
+        "refresh": "5s",
+        "time": {"from": "now-15m", "to": "now"},
+        "timezone": "browser",
+        "links": [others],
+        "templating": {"list": variables()},
+        "annotations": {"list": [stages]},
+        "panels": list(_placed(dashboard.panels)),
+    }
+
+
+def files() -> dict[Path, str]:
+    """Every file that is made from the descriptions, with its text."""
+    made = {DIRECTORY / f"{board.uid.removeprefix('kilocopy-')}.json": json.dumps(document(board), indent=2) + "\n" for board in DASHBOARDS}
+    return made | {rules.PATH: rules.text()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the files, or check that they are as written here (exit code 1 where not)."""
+    parser = argparse.ArgumentParser(prog="python -m kilocopy.dashboards", description="Grafana dashboards and Prometheus rules.")
+    parser.add_argument("--check", action="store_true")
+    stale = [path for path, text in files().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if parser.parse_args(argv).check:
+        for path in stale:
+            print(f"{path}: is not as described; run `python -m kilocopy.dashboards`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files()[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The dashboards: as described, readable by Prometheus, and over nothing that nobody exports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kilocopy import dashboards, metrics, rules
+
+SCRAPED = Path(__file__).parent / "data" / "ray-2.60.0_vllm-0.29.0.txt"
+TARGET_LABELS = {"cluster", "job", "instance"}  # what Prometheus adds from the targets files
+KEYWORDS = {"and", "or", "unless", "by", "on", "ignoring", "group_left", "group_right", "bool", "offset", "without"}
+GROUPED = re.compile(r"\b(?:by|on|ignoring|without|group_left|group_right)\s*\(([^)]*)\)")
+BOARDS = [dashboards.document(board) for board in dashboards.DASHBOARDS]
+
+
+def known() -> dict[str, set[str]]:
+    """Labels of every metric that a query may use: kilocopy's own, recorded ones, Prometheus' own, and those of a captured scrape."""
+    found: dict[str, set[str]] = {}
+    for metric in (*metrics.DRIVER_METRICS, metrics.ENERGY):
+        labels = {*(metrics.RUN_LABELS if metric is not metrics.ENERGY else ()), *metric.labels, *TARGET_LABELS}
+        names = [f"{metric.name}_bucket", f"{metric.name}_count"] if metric.kind == "histogram" else [metric.sample]
+        found |= {name: labels | ({"le"} if metric.kind == "histogram" else set()) for name in names}
+    found |= {rule.record: set(rule.labels) for rule in rules.RULES}
+    found["ALERTS"] = {"alertname", "alertstate", "severity", *metrics.RUN_LABELS}
+    for line in SCRAPED.read_text().splitlines():
+        if sample := re.match(r"(ray_\w+)\{(.*)\} ", line):
+            found.setdefault(sample[1], set(TARGET_LABELS)).update(re.findall(r'(\w+)="', sample[2]))
+    return found | {name: {*labels, *TARGET_LABELS} for name, labels in metrics.SERVERS_ON_DEMAND.items()}
+
+
+def used(expr: str) -> tuple[dict[str, set[str]], set[str]]:
+    """The metrics of a query with the labels they are matched on, and the labels that it groups or joins by."""
+    grouped = {label.strip() for inside in GROUPED.findall(expr) for label in inside.split(",") if label.strip()}
+    if "label_replace" in expr:
+        grouped -= {"model"}  # made from model_name
+    bare = GROUPED.sub(" ", expr)
+    selected: dict[str, set[str]] = {}
+    for name, matchers in re.findall(r"([a-zA-Z_][\w:]*)\{([^}]*)\}", bare):
+        selected.setdefault(name, set()).update(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
+    bare = re.sub(r'\{[^}]*\}|"[^"]*"|\[[^\]]*\]', " ", bare)
+    for name in re.findall(r"(?<![\w:.])([a-zA-Z_][\w:]*)\b(?!\s*\()", bare):
+        if name not in KEYWORDS and not re.fullmatch(r"e\d*", name):
+            selected.setdefault(name, set())
+    return selected, grouped
+
+
+def queries() -> list[tuple[str, str]]:
+    """(where, query) of every panel, variable, annotation, rule and alert."""
+    found = [(f"{board['uid']}: {panel['title']}", target["expr"]) for board in BOARDS for panel in board["panels"] for target in panel["targets"]]
+    for board in BOARDS:
+        found += [(f"{board['uid']}: annotation", each["expr"]) for each in board["annotations"]["list"]]
+        for variable in board["templating"]["list"][1:]:
+            asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+            assert asked
+            found.append((f"{board['uid']}: ${variable['name']}", f"sum by ({asked[2]}) ({asked[1]})"))
+    found += [(rule.record, rule.expr) for rule in rules.RULES]
+    return found + [(alert.name, alert.expr) for alert in rules.ALERTS]
+
+
+def test_committed_files_are_as_described() -> None:
+    assert dashboards.main(["--check"]) == 0
+    committed = {path for path in dashboards.DIRECTORY.rglob("*") if path.is_file()}
+    assert committed == set(dashboards.files())
+
+
+def test_every_metric_and_label_of_every_query_is_exported_by_somebody() -> None:
+    exported, wrong = known(), []
+    for where, expr in queries():
+        selected, grouped = used(expr)
+        assert selected or "vector(" in expr, where
+        for name, labels in selected.items():
+            if name not in exported:
+                wrong.append(f"{where}: nobody exports {name}")
+            elif labels - exported[name]:
+                wrong.append(f"{where}: {name} has no {sorted(labels - exported[name])}")
+        there = set().union(*(exported.get(name, set()) for name in selected))
+        if grouped - there:
+            wrong.append(f"{where}: none of its metrics has {sorted(grouped - there)}")
+    assert wrong == []
+
+
+def test_the_contract_sees_what_is_wrong() -> None:
+    """The reader of queries above finds names and labels where they can stand."""
+    assert used('sum by (a, b) (rate(x_total{c="1",d=~"2"}[1m])) / on (a) group_left (e) (y:z > 0.5e3)') == (
+        {"x_total": {"c", "d"}, "y:z": set()}, {"a", "b", "e"})  # fmt: skip
+
+
+def test_legends_name_labels_that_their_query_keeps() -> None:
+    for board in BOARDS:
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                asked = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+                selected, grouped = used(target["expr"])
+                kept = grouped if re.search(r"\bby\s*\(", target["expr"]) else set().union(*(known()[name] for name in selected)) if selected else set()
+                assert asked <= kept, f"{board['uid']}: {panel['title']}: {target['legendFormat']}"
+
+
+def test_no_sum_of_rays_histograms_is_used() -> None:
+    assert [where for where, expr in queries() if re.search(r"ray_\w+_sum\b", expr)] == []
+
+
+def test_on_demand_names_are_those_of_the_installed_ray() -> None:
+    """They cannot be in a scrape of a host without a GPU, so the agent's own source has to know them."""
+    ray = importlib.util.find_spec("ray")
+    assert ray is not None
+    assert ray.origin is not None
+    agent = (Path(ray.origin).parent / "dashboard/modules/reporter/reporter_agent.py").read_text()
+    for name, labels in metrics.SERVERS_ON_DEMAND.items():
+        if name.startswith("ray_node_"):
+            assert f'"{name.removeprefix("ray_")}"' in agent
+            assert all(f'"{label}"' in agent for label in labels)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian's package prometheus)")
+def test_prometheus_can_read_every_query(tmp_path: Path) -> None:
+    recorded = [
+        {"record": "q", "labels": {"n": str(number)}, "expr": expr.replace("$__range", "5m")} for number, (_, expr) in enumerate(queries())
+    ]
+    (tmp_path / "q.yaml").write_text(json.dumps({"groups": [{"name": "q", "rules": recorded}]}))  # JSON is YAML
+    done = subprocess.run(["promtool", "check", "rules", str(tmp_path / "q.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(recorded)} rules found" in done.stdout
+
+
+def overlap(one: dict[str, int], other: dict[str, int]) -> bool:
+    across = one["x"] < other["x"] + other["w"] and other["x"] < one["x"] + one["w"]
+    return across and one["y"] < other["y"] + other["h"] and other["y"] < one["y"] + one["h"]
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=[board["uid"] for board in BOARDS])
+def test_a_dashboard_reads_well_on_one_screen(board: dict[str, Any]) -> None:
+    """Unit, description, legend on every panel; none over another; 26 rows of Grafana's grid fit a screen of 1080 lines."""
+    places = [panel["gridPos"] for panel in board["panels"]]
+    assert not any(overlap(one, other) for one, other in combinations(places, 2))
+    assert max(place["x"] + place["w"] for place in places) <= dashboards.WIDTH
+    assert max(place["y"] + place["h"] for place in places) <= 26
+    for panel in board["panels"]:
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert panel["fieldConfig"]["defaults"]["noValue"] == "no data"
+        assert all(target["legendFormat"] for target in panel["targets"])
+    assert [variable["name"] for variable in board["templating"]["list"]] == ["datasource", "cluster", "model", "run", "stage", "node"]
+    assert board["links"][0]["includeVars"]
+    assert board["links"][0]["keepTime"]
+
+
+def test_references_are_the_reports() -> None:
+    from kilocopy import references
+
+    published = Path(references.__file__).read_text()
+    assert "0.4 kWh for 100 pages" in published  # GPT3_WH_PER_PAGE
+    assert dashboards.GPT3_WH_PER_PAGE == 0.4 * 1000 / 100
+    assert dashboards.RULE_PAGES_PER_USD == 500
+    assert "500" in published
