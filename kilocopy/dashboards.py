@@ -26,6 +26,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RUN = 'cluster=~"$cluster",model=~"$model",run=~"$run"'
 MODEL = 'cluster=~"$cluster",model=~"$model"'
 SERVERS = 'cluster=~"$cluster",model_name=~"$model"'
+LLM_SERVERS = 'cluster=~"$cluster",deployment=~"LLMServer.*"'
 NODE = 'cluster=~"$cluster",ip=~"$node"'
 STAGE = f'{RUN},stage=~"$stage"'
 
@@ -67,7 +68,12 @@ def stat(title: str, query: str, unit: str, description: str, *, decimals: int |
 
 def quantile(q: float, bucket: str, selected: str, by: str = "") -> str:
     """A quantile of a histogram's buckets over the last minute."""
-    return f"histogram_quantile({q:g}, sum by ({by}{', ' if by else ''}le) (rate({bucket}{{{selected}}}[1m])))"
+    return f"histogram_quantile({q:g}, sum by ({by}{', ' if by else ''}le) (rate({bucket}{{{selected}}}[1m]))) > -1"  # not NaN
+
+
+def reported(gauge: str, selected: str) -> str:
+    """A gauge of Ray's, which is on its page only once per report."""
+    return f"last_over_time({gauge}{{{selected}}}[{rules.REPORTED}])"
 
 
 def heat(bucket: str, selected: str) -> str:
@@ -126,11 +132,11 @@ REPLICAS = Dashboard(
     "What each engine does, whether they share the work evenly, and what serving adds to the engine's own time.",
     (
         Panel("Running", "Sequences that each engine runs. No line: the engine reports nothing while idle.", (
-            (f"sum by (ReplicaId) (ray_vllm_num_requests_running{{{SERVERS}}})", "{{ReplicaId}}"),), width=6),
+            (f"sum by (ReplicaId) ({reported('ray_vllm_num_requests_running', SERVERS)})", "{{ReplicaId}}"),), width=6),
         Panel("Waiting", "Requests in each engine's queue.", (
-            (f"sum by (ReplicaId) (ray_vllm_num_requests_waiting{{{SERVERS}}})", "{{ReplicaId}}"),), width=6),
+            (f"sum by (ReplicaId) ({reported('ray_vllm_num_requests_waiting', SERVERS)})", "{{ReplicaId}}"),), width=6),
         Panel("KV cache", "In use. Near 100 % the engine preempts.", (
-            (f"max by (ReplicaId) (ray_vllm_kv_cache_usage_perc{{{SERVERS}}})", "{{ReplicaId}}"),), "percentunit", width=6, high=1),
+            (f"max by (ReplicaId) ({reported('ray_vllm_kv_cache_usage_perc', SERVERS)})", "{{ReplicaId}}"),), "percentunit", width=6, high=1),
         Panel("Tokens/s", "Output tokens by the engine's own counter.", ((ENGINE_TOKENS, "{{ReplicaId}}"),), width=6),
         Panel("Imbalance", "The busiest replica's tokens/s over the mean of all: 1 is even.", (
             (f"max({ENGINE_TOKENS}) / (avg({ENGINE_TOKENS}) > 0)", "busiest over mean"),), width=6, low=1),
@@ -139,7 +145,7 @@ REPLICAS = Dashboard(
         ), "percentunit", width=6, high=1),
         Panel("Replicas", "That report, and that Serve calls healthy.", (
             (f"kilocopy:replicas{{{MODEL}}}", "report"),
-            ('sum by (deployment) (ray_serve_deployment_replica_healthy{cluster=~"$cluster",deployment=~"LLMServer.*"})', "healthy: {{deployment}}"),
+            (f"sum by (deployment) ({reported('ray_serve_deployment_replica_healthy', LLM_SERVERS)})", "healthy: {{deployment}}"),
         ), width=6),
         Panel("Client and servers", "What the servers counted more than the client, of their tokens. Near 0 in a steady stage.", (
             (f"kilocopy:token_gap_fraction:rate5m{{{MODEL}}}", "gap"),), "percentunit", width=6, low=None),
@@ -175,11 +181,11 @@ HARDWARE = Dashboard(
             (f"kilocopy:joules_per_page:rate1m{{{RUN}}}", "per page"),
         ), "joule", right=("per page", "joule")),
         Panel("GPU utilisation", "As NVML says: a kernel ran; it may have been a small one.", (
-            (f"ray_node_gpus_utilization{{{NODE}}}", "{{ip}} GPU {{GpuIndex}}"),), "percent", width=6, high=100),
-        Panel("GPU memory", "In use.", ((f"1048576 * ray_node_gram_used{{{NODE}}}", "{{ip}} GPU {{GpuIndex}}"),), "bytes", width=6),
-        Panel("Host CPU", "All cores together.", ((f"ray_node_cpu_utilization{{{NODE}}}", "{{ip}}"),), "percent", width=6, high=100),
+            (f"{reported('ray_node_gpus_utilization', NODE)}", "{{ip}} GPU {{GpuIndex}}"),), "percent", width=6, high=100),
+        Panel("GPU memory", "In use.", ((f"1048576 * {reported('ray_node_gram_used', NODE)}", "{{ip}} GPU {{GpuIndex}}"),), "bytes", width=6),
+        Panel("Host CPU", "All cores together.", ((f"{reported('ray_node_cpu_utilization', NODE)}", "{{ip}}"),), "percent", width=6, high=100),
         Panel("Host memory", "In use, and there.", (
-            (f"ray_node_mem_used{{{NODE}}}", "{{ip}} used"), (f"ray_node_mem_total{{{NODE}}}", "{{ip}} there")), "bytes", width=6),
+            (f"{reported('ray_node_mem_used', NODE)}", "{{ip}} used"), (f"{reported('ray_node_mem_total', NODE)}", "{{ip}} there")), "bytes", width=6),
     ),
 )  # fmt: skip
 

@@ -5,7 +5,8 @@ report decides. Three rules of their own:
 
 - No data stays no data. A ratio over nothing is absent (`> 0`), a price lacks what it needs to be whole (owned hardware without a
   meter has no price of a page, and no zero), and a counter whose page is gone stops at once, instead of fading over a minute.
-- Servers' gauges vanish when idle: beside a living counter that is a zero, without one it is no data.
+- Servers' gauges vanish when idle: beside a living counter that is a zero, without one it is no data. They vanish between two reports
+  as well, and that is no zero.
 - Requests are counted when they end, so the client's rates follow the servers' by a request's length.
 
     python -m kilocopy.rules [--check]      writes dashboards/rules/kilocopy.yaml, or says whether it is as written here
@@ -29,6 +30,7 @@ PATH = Path(__file__).resolve().parent.parent / "dashboards" / "rules" / "kiloco
 RUN = "cluster, model, run"
 MODEL = "cluster, model"
 WINDOW = "1m"
+REPORTED = "15s"  # Ray's agent shows a gauge once per report: each 10 s by default, 1 s where kilocopy starts Ray
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ def served(expr: str, how: str = "sum", keep: str = MODEL) -> str:
 
 
 def or_zero(gauge: str, counter: str) -> str:
-    """A servers' gauge that vanishes when idle: zero where its counter lives."""
-    return f"({gauge} or 0 * {counter})"
+    """A servers' gauge that vanishes when idle, and between two reports: its last value, else zero where its counter lives."""
+    return f"((last_over_time({gauge}[{REPORTED}]) and {counter}) or 0 * {counter})"
 
 
 def quantile(q: float, histogram: m.Metric, by: str = RUN) -> str:

@@ -108,6 +108,12 @@ def test_no_sum_of_rays_histograms_is_used() -> None:
     assert [where for where, expr in queries() if re.search(r"ray_\w+_sum\b", expr)] == []
 
 
+def test_engines_gauges_have_their_counters_labels() -> None:
+    """The rules put one in the other's place, which takes equal label sets."""
+    labels = known()
+    assert labels[rules.RUNNING] == labels[rules.WAITING] == labels[rules.KV] == labels[rules.TOKENS]
+
+
 def test_on_demand_names_are_those_of_the_installed_ray() -> None:
     """They cannot be in a scrape of a host without a GPU, so the agent's own source has to know them."""
     ray = importlib.util.find_spec("ray")

@@ -190,6 +190,13 @@ def test_gauges_that_vanish_when_idle_are_zero_only_beside_a_living_counter(tmp_
     promtool(tmp_path, dict.fromkeys(idle, "0+1x19 stale"), {name: [] for name in gauges})
 
 
+def test_gauges_that_blink_between_two_reports_are_no_zero(tmp_path: Path) -> None:
+    """On the page each 15 s only, as from an agent that reports seldom; 2 min 5 s is between two."""
+    running = next(name for name in engines() if "running" in name)
+    promtool(tmp_path, engines() | {running: "40 " + "stale stale 40 " * 20}, {"kilocopy:server_copies": [(MODEL, 40)]}, at="2m5s")
+    promtool(tmp_path, engines() | {running: "40x19 stale"}, {"kilocopy:server_copies": [(MODEL, 0)]}, at="2m5s")
+
+
 def test_slo_errors_and_latency(tmp_path: Path) -> None:
     stage = ',stage="1"'
     series = worker("kilocopy_slo_judged_total", 0, "0+10x60", stage) | worker("kilocopy_slo_attained_total", 0, "0+8x60", stage)
