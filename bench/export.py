@@ -1,6 +1,6 @@
 """What a driver worker's metrics page costs: time of one finished request and of one scrape, and their share of a core.
 
-    python -m bench.export [--streams 1000] [--events-per-s 50] [--tokens 100]
+python -m bench.export [--streams 1000] [--events-per-s 50] [--tokens 100]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from prometheus_client import CollectorRegistry, generate_latest
 
 from kilocopy.spec import load
 from loadtests.exporter import Exporter
@@ -40,15 +39,13 @@ def main(argv: list[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     spec = load(SPEC)
     exporter = Exporter({"cluster": "c", "model": "m", "run": "r", "worker": "0"}, spec)
-    registry = CollectorRegistry()
-    registry.register(exporter)
     gaps_us = np.random.default_rng(0).integers(500, 100_000, asked.tokens - 1, dtype=np.uint32)
     row = {"stage": 0, "level": 0, "outcome": "ok", "scheduled_ns": 0, "sent_ns": 1000, "first_token_ns": 10**8, "last_token_ns": 10**10,
            "output_tokens": asked.tokens, "prompt_tokens": 32, "output_words": asked.tokens // 2}  # fmt: skip
     for stage in range(len(spec.stages)):
         exporter.finished(row | {"stage": stage}, gaps_us)
     finished_s = seconds(lambda: exporter.finished(row, gaps_us), 20_000)
-    scrape_s = seconds(lambda: generate_latest(registry), 200)
+    scrape_s = seconds(exporter.page, 200)
     exporter.close()
     requests_per_s = asked.streams * asked.events_per_s / asked.tokens
     share = requests_per_s * finished_s + scrape_s / SCRAPE_S

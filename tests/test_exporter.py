@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gevent
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,14 +45,9 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def page(exporter: Exporter) -> Series:
-    """Every sample of the page, made in this process as a scrape would, without the run's constant labels."""
-    from prometheus_client import generate_latest
-    from prometheus_client.registry import CollectorRegistry
-
-    registry = CollectorRegistry()
-    registry.register(exporter)
+    """Every sample of the page, without the run's constant labels."""
     found: Series = {}
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+    for family in text_string_to_metric_families(exporter.page().decode()):
         for sample in family.samples:
             labels = dict(sample.labels)
             assert {name: labels.pop(name) for name in CONSTANT} == CONSTANT
@@ -114,7 +111,7 @@ def test_what_is_exported_is_what_is_declared(exporter: Exporter) -> None:
     exporter.finished(row(), GAPS)
     exporter.sample(stage=0, level=0, phase="window", copies_asked=4, in_flight=3, sent=9, events=70, loop_lag_us=[1], cpu_s=1.5, rss_bytes=1)
     declared = {metric.name: metric for metric in metrics.DRIVER_METRICS}
-    families = list(exporter.collect())
+    families = list(text_string_to_metric_families(exporter.page().decode()))
     assert {family.name for family in families} <= set(declared)
     for family in families:
         assert family.documentation == declared[family.name].help
@@ -123,6 +120,18 @@ def test_what_is_exported_is_what_is_declared(exporter: Exporter) -> None:
     missing = set(declared) - {family.name for family in families if family.samples}
     assert missing == {"kilocopy_electricity_usd_per_kwh"}  # rented here
     assert all(list(m.buckets) == sorted(m.buckets) and math.isfinite(m.buckets[-1]) for m in metrics.DRIVER_METRICS if m.buckets)
+
+
+def test_any_name_of_a_model_stands_in_a_label() -> None:
+    odd = 'a\\b"c\nd'
+    exporter = Exporter(CONSTANT | {"model": odd}, spec())
+    try:
+        families = list(text_string_to_metric_families(exporter.page().decode()))
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            gevent.get_hub().threadpool.apply(urllib.request.urlopen, (f"http://127.0.0.1:{exporter.port}/",))
+    finally:
+        exporter.close()
+    assert {sample.labels["model"] for family in families for sample in family.samples} == {odd}
 
 
 def test_prometheus_finds_the_page(tmp_path: Path) -> None:
