@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import clients
-from bench.clients import PEERS, NotRun
+from bench.clients import PEERS, NotRunError
 from bench.levels import Level, honest_streams
-from bench.truth import BUILT, NoCompiler, Schedule, cores, server
+from bench.truth import BUILT, NoCompilerError, Schedule, cores, server
 from kilocopy import manifest
 
 LEVELS = (50, 100, 200, 400, 800, 1280, 1600, 2400, 3200)
@@ -39,7 +39,7 @@ def play(name: str, client: Callable[..., Level], levels: Sequence[int], schedul
         try:
             with server(schedule, servers) as running:
                 level = client(running, schedule, streams, window_s, mine)
-        except (NotRun, subprocess.SubprocessError, KeyError, OSError) as error:
+        except (NotRunError, subprocess.SubprocessError, KeyError, OSError) as error:
             OUT.print(f"[yellow]{name}[/] at {streams} streams: not run: {type(error).__name__}: {error}")
             break
         found.append(level)
@@ -142,7 +142,7 @@ def main() -> None:
             for name in peers:
                 found[name] = play(name, PEERS[name], [level for level in levels if level in PEER_LEVELS], schedule, asked.window)
             show(found)
-    except NoCompiler as error:
+    except NoCompilerError as error:
         sys.exit(str(error))
     path = BUILT / f"results/{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}_{platform.node()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

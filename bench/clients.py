@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -31,11 +32,11 @@ WARM_S = 3.0
 Client = Callable[[Server, Schedule, int, float, "int | None"], Level]
 
 
-class NotRun(RuntimeError):
+class NotRunError(RuntimeError):
     """A client could not be installed or did not finish; the message says why."""
 
 
-def _truth(server: Server) -> dict[str, float]:
+def _truth(server: Server) -> dict[str, Any]:
     truth = server.truth()
     named = {f"true_{name}_{point}_s": truth[f"{name}_{point}_us"] / 1e6 for name in ("ttft", "itl") for point in ("p50", "p99")}
     return named | {"server_late_p99_s": truth["late_p99_us"] / 1e6}
@@ -77,11 +78,11 @@ def kilocopy(server: Server, schedule: Schedule, streams: int, window_s: float, 
         return _from_run(run_dir, streams, schedule, truth, "kilocopy" if workers == 1 else f"kilocopy, {workers} workers")
 
 
-def _from_run(run_dir: Path, streams: int, schedule: Schedule, truth: dict[str, float], name: str) -> Level:
+def _from_run(run_dir: Path, streams: int, schedule: Schedule, truth: dict[str, Any], name: str) -> Level:
     stage = summarise(run_dir).stages[0]
     window = stage.window
     if window is None:
-        raise NotRun("; ".join(reason.sentence for reason in stage.verdict.reasons))
+        raise NotRunError("; ".join(reason.sentence for reason in stage.verdict.reasons))
     rows = records.read(run_dir, "requests")
     rows = rows.filter(pc.equal(rows.column("outcome"), "ok"))
     zero_ns = min(event["time_ns"] for event in records.read_events(run_dir))
@@ -161,7 +162,7 @@ def floor(server: Server, schedule: Schedule, streams: int, window_s: float, cor
 
 
 def _environment(peer: str) -> Path:
-    """The Python of a peer's own environment, installed on demand from bench/peers/<peer>.txt. Raises NotRun."""
+    """The Python of a peer's own environment, installed on demand from bench/peers/<peer>.txt. Raises NotRunError."""
     home, wanted = BUILT / peer, HERE / f"peers/{peer}.txt"
     python, stamp = home / "bin/python", home / "installed.txt"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted.read_text(encoding="utf-8"):
@@ -173,13 +174,13 @@ def _environment(peer: str) -> Path:
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode:
-            raise NotRun(f"could not be installed: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}")
+            raise NotRunError(f"could not be installed: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}")
     stamp.write_text(wanted.read_text(encoding="utf-8"), encoding="utf-8")
     return python
 
 
 def _play(command: list[str], core: int | None, limit_s: float, folder: Path) -> float:
-    """Run a peer to its end; returns the CPU seconds that it and its children used. Raises NotRun."""
+    """Run a peer to its end; returns the CPU seconds that it and its children used. Raises NotRunError."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_OFFLINE": "1", "COLUMNS": "200"}
     try:
@@ -187,9 +188,9 @@ def _play(command: list[str], core: int | None, limit_s: float, folder: Path) ->
             [*pinned(core), *command], cwd=folder, env=os.environ | quiet, capture_output=True, text=True, check=False, timeout=limit_s
         )
     except subprocess.TimeoutExpired:
-        raise NotRun(f"did not end within {limit_s:.0f} s") from None
+        raise NotRunError(f"did not end within {limit_s:.0f} s") from None
     if done.returncode:
-        raise NotRun(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}")
+        raise NotRunError(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

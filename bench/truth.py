@@ -17,18 +17,18 @@ HERE = Path(__file__).resolve().parent
 BUILT = HERE.parent / ".cache/bench"
 
 
-class NoCompiler(RuntimeError):
+class NoCompilerError(RuntimeError):
     """The benchmark's server is in C, and there is no compiler."""
 
 
 def build(name: str) -> Path:
-    """The program of bench/<name>.c, compiled anew where the source is newer. Raises NoCompiler, CalledProcessError."""
+    """The program of bench/<name>.c, compiled anew where the source is newer. Raises NoCompilerError, CalledProcessError."""
     source, program = HERE / f"{name}.c", BUILT / name
     if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
         return program
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise NoCompiler("bench: its server is a small C program, and this machine has no C compiler (cc); install one")
+        raise NoCompilerError("bench: its server is a small C program, and this machine has no C compiler (cc); install one")
     BUILT.mkdir(parents=True, exist_ok=True)
     subprocess.run([compiler, "-O2", "-Wall", "-o", str(program), str(source)], check=True)
     return program

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kilocopy.spec import CpuReplica, GpuReplica, Spec
+from kilocopy.spec import CpuReplica, GpuReplica, Spec, streams_max
 
 APPLICATION = "kilocopy"
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def environment(spec: Spec) -> dict[str, str]:
     """Variables for every Ray process: high-throughput routing, no phoning home. Nothing secret."""
-    copies = max(stage.copies for stage in spec.stages)
+    copies = max(streams_max(stage) for stage in spec.stages)
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",

@@ -63,7 +63,7 @@ def roofline() -> dict[str, Any]:
         return found | {"error": f"{type(error).__name__}: {error}"}
     per_event_us = measured["cpu_us_per_event"]
     events_per_s = USEFUL_CPU_FRACTION * 1e6 / per_event_us
-    return found | measured | {"events_per_s": round(events_per_s), "streams_at_50_per_s": round(events_per_s / 50)}
+    return {**found, **measured, "events_per_s": round(events_per_s), "streams_at_50_per_s": round(events_per_s / 50)}
 
 
 def warnings(spec: Spec, roofline: dict[str, Any], workers: int) -> list[str]:

@@ -10,6 +10,7 @@ ever by numpy's policy, a distribution's is not, so distances are made from the 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,7 +213,7 @@ def _invert(stage: OpenStage, edges_s: Floats, cumulative: Floats, unit: Floats)
         first, slope = stage.from_rate_per_s, (stage.to_rate_per_s - stage.from_rate_per_s) / stage.duration_s
         root = np.sqrt(np.maximum(first * first + 2 * slope * into, 0.0))
         times_s = np.where(rising, begin_s + 2 * into / (first + root), times_s)
-    return np.minimum(times_s, np.nextafter(edges_s[-1], 0.0))
+    return np.asarray(np.minimum(times_s, np.nextafter(edges_s[-1], 0.0)))
 
 
 # ------------------------------------------------------------------------------------------------------------ shares and seeds
@@ -261,5 +262,5 @@ def _width(stage: PlainStage | SearchStage, index: int, seed: int) -> int:
         if stage.over == "copies":
             return round(stage.limit)
         mean = expected(stage.at(stage.limit)) or 0.0
-        return round(mean + 10 * mean**0.5) + 10  # a Poisson count beyond ten standard deviations does not come
+        return round(mean + 10 * math.sqrt(mean)) + 10  # a Poisson count beyond ten standard deviations does not come
     return len(arrivals_s(stage, draw(seed, "arrivals", index, 0)))

@@ -281,4 +281,4 @@ class Player:
 def _tpot_s(row: dict[str, Any]) -> float | None:
     if row["outcome"] != "ok" or not row["output_tokens"] or row["output_tokens"] < 2:
         return None
-    return float(row["last_token_ns"] - row["first_token_ns"]) / 1e9 / (row["output_tokens"] - 1)
+    return float((row["last_token_ns"] - row["first_token_ns"]) / 1e9 / (row["output_tokens"] - 1))

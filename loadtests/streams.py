@@ -227,10 +227,9 @@ class Connection:
         """Read what is there and give it to the stream's parser."""
         try:
             # Into one buffer for all: a fresh one of its size for each token costs more than the token.
-            count = self._recv_into(READ_BUFFER)
-            data: bytes | memoryview = READ_VIEW[:count]
-            if self._tls is not None and count:
-                data = self._decrypt(data)
+            data: bytes | memoryview = READ_VIEW[: self._recv_into(READ_BUFFER)]
+            if self._tls is not None and data:
+                data = self._decrypt(bytes(data))
         except BlockingIOError:
             return
         except OSError as error:
@@ -244,10 +243,10 @@ class Connection:
         if problem is not None or stream.whole or stream.bytes > LIKELY_BYTES or stream.status != 200 or stream.coding or self._tls:
             self._judge(now_ns, problem)
 
-    def _decrypt(self, data: memoryview) -> bytes:
+    def _decrypt(self, data: bytes) -> bytes:
         """The plain bytes; none where the server ended the TLS connection. Raises BlockingIOError where none are complete."""
         assert self._tls is not None  # noqa: S101
-        plain = self._tls.decrypt(bytes(data))
+        plain = self._tls.decrypt(data)
         if not plain and not self._tls.over:
             raise BlockingIOError
         return plain

@@ -99,7 +99,8 @@ class Workers:
 
     def gather(self) -> None:
         """Tell the workers about the run until as many as are expected have opened their records."""
-        deadline, told = time.monotonic() + JOIN_S, set()
+        deadline = time.monotonic() + JOIN_S
+        told: set[str] = set()
         while len(self._live()) < self._expected:
             if self._failure:
                 raise ProblemError(self._failure)
