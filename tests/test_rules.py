@@ -145,7 +145,7 @@ def test_another_runs_meter_is_not_ours(tmp_path: Path) -> None:
 def test_nothing_made_has_no_price(tmp_path: Path) -> None:
     """Copies in flight that have not made a page, and none in flight: no ratio is infinite, none is zero."""
     idle = {name: "0x60" if "output" in name or "in_flight" in name else values for name, values in driver().items()}
-    wanted: Wanted = {name: [] for name in (*COST, "kilocopy:tokens_per_second_per_copy:rate1m", "kilocopy:joules_per_page:rate1m")}
+    wanted: Wanted = {name: [] for name in (*COST, "kilocopy:tokens_per_second_per_copy:rate1m", "kilocopy:hardware_usd_per_page:rate1m")}
     promtool(tmp_path, idle | meters(), wanted | {"kilocopy:pages_per_second:rate1m": [(KEY, 0)], "kilocopy:copies": [(KEY, 0)]})
 
 
