@@ -44,6 +44,7 @@ TEXT_SOUGHT_BYTES_MAX = 65536  # how far to look for the first text, to know whi
 
 BUSY_EVENTS_PER_S = 5000  # from here on the drain waits for more before it gives the hub its turn
 TURN_NS = 1_000_000  # the longest that it keeps the hub waiting
+PASS_MAX = 128  # sockets read under one time stamp; also what epoll makes room for at each call
 
 _TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)"\s*:\s*"[^"]')
 _epoll = monkey.get_original("select", "epoll")  # gevent hides it, since it would block the hub: for TURN_NS, here
@@ -433,7 +434,7 @@ class Reader:
     def _drain(self) -> None:
         """Read what is ready; while tokens come thick, and no greenlet has been woken, also what becomes ready within TURN_NS."""
         poll, connections, clock = self._poll, self._connections, time.perf_counter_ns
-        ready = poll(0)
+        ready = poll(0, PASS_MAX)
         # The time first: what is ready now arrived before, whatever it costs us to read it all.
         begun_ns = now_ns = clock()
         events, ended = 0, self.ended
@@ -445,7 +446,7 @@ class Reader:
                     connection.receive(now_ns)
             if not self._busy or self.ended != ended or now_ns - begun_ns > TURN_NS:
                 break
-            ready = poll(0.001)
+            ready = poll(0.001, PASS_MAX)
             now_ns = clock()
         self.events += events
         self._weigh(now_ns, events)

@@ -132,6 +132,39 @@ def test_the_copies_asked_for_were_in_flight_on_driver_and_servers(driven: tuple
     assert 6 <= summary["stages"][1]["copies"]["n_run_server"] <= 8.2
 
 
+def test_open_loop_and_search_from_two_workers(served: Served) -> None:
+    """Arrivals, a trace, and a search on the real servers, shared by two driver processes: every token is counted on both sides."""
+    (served.folder / "trace.jsonl").write_text(
+        "".join(json.dumps({"timestamp": 500 * n, "input_length": 30, "output_length": 10 + n, "hash_ids": [n]}) + "\n" for n in range(12))
+    )
+    spec = served.with_stages(
+        "arrivals",
+        {"arrival": "poisson", "rate_per_s": 3, "duration_s": 8, "warmup_s": 1},
+        {"arrival": "trace", "path": "trace.jsonl", "format": "mooncake"},
+        {"arrival": "search", "start": 1, "limit": 4, "window_s": 4, "warmup_s": 1, "ramp_s": 0.5, "repeats": 0},
+    )
+    done = served.kilocopy("drive", spec, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    run_dir = served.folder / Path(done.stdout.splitlines()[-1]).parent
+    summary = json.loads((run_dir / "summary.json").read_text())
+    poisson, trace, *levels = summary["stages"]
+    for stage in summary["stages"]:
+        check = next(check for check in stage["checks"] if check["name"] == "client_tokens_vs_server")
+        assert (check["outcome"], check["left"]) == ("passed", check["right"]), check
+        assert stage["requests"]["sent"] == stage["requests"]["ok"] > 0
+        assert stage["requests"]["dropped"] == 0
+    rows = records.read(run_dir, "requests").to_pylist()
+    assert {row["worker"] for row in rows} == {0, 1}
+    assert poisson["requests"]["sent"] == len([row for row in rows if row["stage"] == 0])
+    replayed = sorted((row["copy"], row["output_tokens"], row["prompt_tokens"]) for row in rows if row["stage"] == 1)
+    assert replayed == [(n, 10 + n, 30) for n in range(12)]  # the trace's own lengths, by the servers' count
+    assert trace["verdict"]["level"] != "void", trace["verdict"]
+    assert levels[0]["load"] == 1
+    assert len(summary["searches"]) == 1
+    roofline = json.loads((run_dir / "manifest.json").read_text())["driver_roofline"]
+    assert roofline["events_per_s"] > 1000
+
+
 def test_the_figures_recompute_from_the_raw_records(driven: tuple[Path, dict[str, Any], str]) -> None:
     """Tokens/s of the busy stage again, by hand: chunk times inside the window, every stream scaled to its usage."""
     run_dir, summary, _ = driven
