@@ -115,6 +115,18 @@ def scaling(schedule: Schedule, window_s: float, streams: int) -> list[Level]:
     return found
 
 
+def soak(seconds: float) -> None:
+    """Many short streams for long: does the driver's memory grow with the requests done? Their number stands for hours."""
+    schedule = Schedule(tokens=10)
+    mine, servers = cores()
+    with server(schedule, servers) as running:
+        seen = clients.soak(running, schedule, 200, seconds, mine)
+    seen = seen[len(seen) // 10 :]  # the first tenth fills buffers
+    (first, before), (last, after) = seen[0], seen[-1]
+    OUT.print(f"{last:,} requests; from request {first:,} on resident memory went from {before / 2**20:.1f} to {after / 2**20:.1f} MiB,")
+    OUT.print(f"{(after - before) / max(last - first, 1):+.2f} bytes a request; highest {max(rss for _, rss in seen) / 2**20:.1f} MiB")
+
+
 def main() -> None:
     """Parse, run, print, keep."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -123,6 +135,7 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=10, metavar="S", help="seconds that count, of each level")
     parser.add_argument("--quick", action="store_true", help="a minute: two levels, no peers")
     parser.add_argument("--scaling", type=int, metavar="STREAMS", help="only this: two workers of STREAMS each beside one")
+    parser.add_argument("--soak", type=float, metavar="S", help="only this: 200 short streams for so long, and the driver's memory")
     asked = parser.parse_args()
     levels = [200, 800] if asked.quick else [int(level) for level in asked.levels.split(",")]
     peers = [] if asked.quick or asked.peers == "none" else list(PEERS) if asked.peers == "all" else asked.peers.split(",")
@@ -134,6 +147,8 @@ def main() -> None:
     if None in cores():
         OUT.print("[yellow]one core only: client and server share it, and no figure here says much[/]")
     try:
+        if asked.soak:
+            return soak(asked.soak)
         if asked.scaling:
             found = {"scaling": scaling(schedule, asked.window, asked.scaling)}
         else:

@@ -62,21 +62,32 @@ def spec_for(schedule: Schedule, streams: int, window_s: float) -> Spec:
 
 def kilocopy(server: Server, schedule: Schedule, streams: int, window_s: float, core: int | None, workers: int = 1) -> Level:
     """The driver as `kilocopy drive` starts it: real records, gaps, metrics. CPU is the workers' own, from the records."""
-    spec = spec_for(schedule, streams, window_s)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
-        records.write_json(run_dir / "manifest.json", {"spec": spec.model_dump(mode="json")})
-        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-        code = (
-            "import sys; from pathlib import Path; from kilocopy import driving; from kilocopy.recompute import read_manifest; "
-            "from kilocopy.spec import Spec; run = Path(sys.argv[1]); spec = Spec.model_validate(read_manifest(run)['spec']); "
-            "sys.exit(driving.drive(run, sys.argv[2], spec, api_key=None, web=False, on_progress=lambda _: None, workers=int(sys.argv[3])))"
-        )
         server.reset()
-        command = [*pinned(core), sys.executable, "-c", code, str(run_dir), server.url, str(workers)]
-        subprocess.run(command, env=environment | {"KILOCOPY_SETTLE_S": "0.2"}, check=True, timeout=600)
+        _drive(run_dir, server, spec_for(schedule, streams, window_s), core, workers)
         truth = _truth(server)
         return _from_run(run_dir, streams, schedule, truth, "kilocopy" if workers == 1 else f"kilocopy, {workers} workers")
+
+
+def soak(server: Server, schedule: Schedule, streams: int, seconds: float, core: int | None) -> list[tuple[int, int]]:
+    """Drive for so long; the driver's (requests finished, resident bytes), once a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder)
+        _drive(run_dir, server, spec_for(schedule, streams, seconds), core, 1)
+        return [(row["finished"], row["rss_bytes"]) for row in records.read(run_dir, "driver").to_pylist()]
+
+
+def _drive(run_dir: Path, server: Server, spec: Spec, core: int | None, workers: int) -> None:
+    records.write_json(run_dir / "manifest.json", {"spec": spec.model_dump(mode="json")})
+    code = (
+        "import sys; from pathlib import Path; from kilocopy import driving; from kilocopy.recompute import read_manifest; "
+        "from kilocopy.spec import Spec; run = Path(sys.argv[1]); spec = Spec.model_validate(read_manifest(run)['spec']); "
+        "sys.exit(driving.drive(run, sys.argv[2], spec, api_key=None, web=False, on_progress=lambda _: None, workers=int(sys.argv[3])))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "KILOCOPY_SETTLE_S": "0.2"}
+    command = [*pinned(core), sys.executable, "-c", code, str(run_dir), server.url, str(workers)]
+    subprocess.run(command, env=environment, check=True)
 
 
 def _from_run(run_dir: Path, streams: int, schedule: Schedule, truth: dict[str, Any], name: str) -> Level:
