@@ -25,6 +25,8 @@ from typing import Any
 import psutil
 
 from cluster import application
+from kilocopy.application import APPLICATION, environment
+from kilocopy.manifest import CHECKOUT
 from kilocopy.records import write_json
 from kilocopy.spec import CpuReplica, GpuReplica, Spec
 
@@ -62,7 +64,7 @@ def main() -> int:
     directory = Path(sys.argv[1])
     spec = Spec.model_validate_json((directory / "spec.json").read_text())
     take_signals()
-    os.environ.update(application.environment(spec))
+    os.environ.update(environment(spec, str(CHECKOUT)))
     state = State(directory, spec)
     local = spec.cluster.address == "local"
     if local:
@@ -165,7 +167,7 @@ def deploy(spec: Spec, state: State) -> None:
     ray_serve.start(http_options={"host": "127.0.0.1", "port": spec.cluster.port})
     state.set(phase="starting replicas")
     threading.Thread(
-        target=lambda: _quietly(_run, app, _blocking=False, name=application.APPLICATION, route_prefix="/"), daemon=True
+        target=lambda: _quietly(_run, app, _blocking=False, name=APPLICATION, route_prefix="/"), daemon=True
     ).start()
 
 
@@ -197,7 +199,7 @@ def observe() -> dict[str, Any]:
     """How the application stands: its status, its deployments' complaint if any, and its replicas by state."""
     from ray import serve as ray_serve  # noqa: PLC0415
 
-    app = ray_serve.status().applications.get(application.APPLICATION)
+    app = ray_serve.status().applications.get(APPLICATION)
     if app is None:
         return {"application": "DEPLOYING", "message": "", "replicas": {}}
     message, replicas = "", {}
@@ -277,7 +279,7 @@ def stop(local: bool) -> None:
     if not local:
         from ray import serve as ray_serve  # noqa: PLC0415
 
-        _quietly(ray_serve.delete, application.APPLICATION)
+        _quietly(ray_serve.delete, APPLICATION)
     ray.shutdown()
 
 

@@ -1,0 +1,96 @@
+"""The Serve application that a spec describes, as plain data, and the environment that Ray must be started with for it.
+
+The same dictionary is deployed by the serving process (cluster/application.py) and can be written into deployment files,
+so that what runs on a cluster is what runs here. `environment` has to be set before Ray starts (head and workers): Ray Serve reads
+it at import.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kilocopy.spec import CpuReplica, GpuReplica, Spec, streams_max
+
+APPLICATION = "kilocopy"
+
+
+def environment(spec: Spec, checkout: str) -> dict[str, str]:
+    """Variables for every Ray process: high-throughput routing, no phoning home. Nothing secret.
+
+    `checkout` is where the nodes have this project's folder: replicas import `cluster.replica` from it.
+    """
+    copies = max(streams_max(stage) for stage in spec.stages)
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # One try a replica: an engine that cannot start says so at once instead of three minutes later.
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
+        # The servers' counters are compared with the client's at the edges of every stage: they must not lag by 10 s.
+        "RAY_metrics_report_interval_ms": "1000",
+        "PYTHONPATH": checkout,
+    }
+    if spec.cluster.routing == "direct":
+        variables |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+            "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 4 * copies)),
+        }
+    if isinstance(spec.cluster.hardware, GpuReplica):
+        variables["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"
+    return variables
+
+
+def replica_environment(spec: Spec, directory: str | None) -> dict[str, str]:
+    """Variables of the replicas alone: the engine's own settings, then the spec's."""
+    variables: dict[str, str] = {}
+    hardware = spec.cluster.hardware
+    if isinstance(hardware, CpuReplica):
+        threads = str(max(1, int(hardware.cpus_per_replica)))
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(hardware.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": threads,
+            "RAYLLM_VLLM_ENGINE_CLS": "cluster.replica.CpuEngine",
+        }
+    elif hardware.gpus_per_replica < 1:
+        variables["VLLM_RAY_PER_WORKER_GPUS"] = f"{hardware.gpus_per_replica:g}"
+    if directory:
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables | spec.cluster.env
+
+
+def local_model(spec: Spec) -> Path | None:
+    """The model's directory where the source is one; None for a hub id or an object store."""
+    path = Path(spec.model.source).expanduser()
+    return path.resolve() if path.is_dir() else None
+
+
+def llm_config(spec: Spec, directory: str | None) -> dict[str, Any]:
+    """The LLMConfig of `ray.serve.llm`, as a plain dict (the same that a Serve YAML holds).
+
+    `directory` is the model's directory on every node; None where the source is a hub id or an object store's URI.
+    """
+    hardware = spec.cluster.hardware
+    engine = {"tensor_parallel_size": spec.cluster.tensor_parallel, "pipeline_parallel_size": spec.cluster.pipeline_parallel}
+    config: dict[str, Any] = {
+        "model_loading_config": {"model_id": spec.model.id, "model_source": directory or spec.model.source},
+        "engine_kwargs": engine | spec.cluster.engine,
+        "deployment_config": {"num_replicas": spec.cluster.replicas},
+        "runtime_env": {"env_vars": replica_environment(spec, directory)},
+        # Ray holds streamed tokens back for 50 ms by default, to batch them.
+        "experimental_configs": {"stream_batching_interval_ms": 0},
+    }
+    if isinstance(hardware, CpuReplica):
+        config["accelerator_config"] = {"kind": "cpu"}
+        config["placement_group_config"] = {"bundle_per_worker": {"CPU": hardware.cpus_per_replica}}
+    else:
+        gpus = min(1.0, hardware.gpus_per_replica)
+        config["placement_group_config"] = {"bundle_per_worker": {"CPU": 1, "GPU": gpus}}
+        if hardware.type:
+            config["accelerator_type"] = hardware.type
+    if directory:
+        config["callback_config"] = {"callback_class": "cluster.replica.ModelOnDisk"}
+    return config
