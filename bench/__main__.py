@@ -148,7 +148,8 @@ def main() -> None:
         OUT.print("[yellow]one core only: client and server share it, and no figure here says much[/]")
     try:
         if asked.soak:
-            return soak(asked.soak)
+            soak(asked.soak)
+            return
         if asked.scaling:
             found = {"scaling": scaling(schedule, asked.window, asked.scaling)}
         else:
