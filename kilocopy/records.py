@@ -7,6 +7,7 @@
         driver/*.arrow       once a second: the driver's own health
         server/*.arrow       scraped samples of the servers' counters
         energy/*.arrow       cumulative joules of each meter
+        targets/*.json       where the metrics pages are, while it runs: workers, power meter, servers (Prometheus' file_sd)
         summary.json, report.html
 
 Every process writes files of its own and flushes at least once a second, so a process killed at any moment loses at most that

@@ -18,7 +18,7 @@ from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
-from kilocopy.scrape import Scraper
+from kilocopy.scrape import Scraper, write_targets
 from kilocopy.spec import Spec, load, streams_max
 from kilocopy.summary import Summary
 
@@ -96,6 +96,8 @@ def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, sh
     more = {"driver_roofline": roofline, "driver_workers": workers}
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy", more=more)
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
+    with contextlib.suppress(OSError):  # a run goes on without being watched
+        write_targets(run_dir, targets, spec.name)
     progress = driving.ProgressPrinter(ERR, spec)
     meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
     with meter, Scraper(run_dir, targets) as scraper, progress:

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 from prometheus_client.parser import text_string_to_metric_families
 
 from kilocopy import metrics
-from kilocopy.records import Writer
+from kilocopy.records import Writer, write_json
 
 
 def samples(page: bytes) -> list[tuple[str, dict[str, str], float]]:
@@ -28,6 +28,22 @@ def samples(page: bytes) -> list[tuple[str, dict[str, str], float]]:
             labels = {key: value for key, value in sample.labels.items() if key in metrics.LABELS}
             found.append((sample.name.removeprefix("ray_vllm_"), labels, float(sample.value)))
     return found
+
+
+def write_targets(run_dir: Path, pages: Sequence[str], cluster: str) -> None:
+    """Write targets/servers.json, by which Prometheus (file_sd) and `kilocopy watch` find the servers' metrics pages.
+
+    `cluster` becomes a label of all their series, as it is one of the driver's own. Raises OSError.
+    """
+    groups = [
+        {
+            "targets": [parts.netloc.rpartition("@")[2]],
+            "labels": {"job": "servers", "cluster": cluster, "__scheme__": parts.scheme, "__metrics_path__": parts.path or "/metrics"},
+        }
+        for parts in map(urlparse, pages)
+    ]
+    (run_dir / "targets").mkdir(exist_ok=True)
+    write_json(run_dir / "targets" / "servers.json", groups)
 
 
 class Scraper:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kilocopy import records
-from kilocopy.scrape import Scraper, samples
+from kilocopy.scrape import Scraper, samples, write_targets
 
 RAY = b"""# HELP ray_vllm_generation_tokens_total Number of generation tokens processed.
 # TYPE ray_vllm_generation_tokens_total counter
@@ -73,3 +74,14 @@ def test_without_targets_nothing_is_written(tmp_path: Path) -> None:
     with Scraper(tmp_path, []):
         pass
     assert not (tmp_path / "server").exists()
+
+
+def test_prometheus_finds_the_servers_pages(tmp_path: Path) -> None:
+    """As file_sd wants them: an address of its own, the scheme and the path as labels; user and password are in no file."""
+    write_targets(tmp_path, ["http://127.0.0.1:8080/metrics", "https://u:secret@host/v1/metrics"], "smoke")
+    groups = json.loads((tmp_path / "targets" / "servers.json").read_text())
+    labels = {"job": "servers", "cluster": "smoke"}
+    assert groups == [
+        {"targets": ["127.0.0.1:8080"], "labels": labels | {"__scheme__": "http", "__metrics_path__": "/metrics"}},
+        {"targets": ["host"], "labels": labels | {"__scheme__": "https", "__metrics_path__": "/v1/metrics"}},
+    ]
