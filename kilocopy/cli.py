@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, doctor, faults, manifest, run, serving, starting
+from kilocopy import __version__, doctor, faults, manifest, provision, run, serving, starting
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
@@ -22,6 +22,9 @@ from kilocopy.spec import Spec, load
 app = typer.Typer(
     help=__doc__.split("\n")[0] if __doc__ else None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+
+boards = typer.Typer(help="What Grafana and Prometheus show of a run, as files.", no_args_is_help=True)
+app.add_typer(boards, name="dashboards")
 
 INTERRUPTED = 130
 
@@ -164,6 +167,22 @@ def faults_command(
 ) -> None:
     """Serve answers that misbehave in one named way, to see what a driver makes of them. Ctrl-C ends it."""
     faults.serve(mode, port=port, tokens=tokens, ttft_s=ttft_s, itl_s=itl_s, chat=chat, pem=pem)
+
+
+@boards.command("render")
+def render_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write into.")],
+    run_dirs: Annotated[list[Path] | None, typer.Option("--run", metavar="RUN", help="A run directory to watch; may be repeated.")] = None,
+    servers: Annotated[list[str] | None, typer.Option("--servers", metavar="URL", help="A metrics page of Ray's agent or of vLLM; may be repeated.")] = None,
+    servers_file: Annotated[list[str] | None, typer.Option("--servers-file", metavar="FILE", help="Such pages as Ray lists them: prom_metrics_service_discovery.json.")] = None,
+    cluster: Annotated[str, typer.Option("--cluster", help="Whose pages these are: the `name` of the spec.")] = "",
+    prometheus: Annotated[str, typer.Option("--prometheus", metavar="URL", help="Where Grafana finds Prometheus.")] = "http://127.0.0.1:9090",
+) -> None:  # fmt: skip
+    """Write prometheus.yml, the rules, and Grafana's provisioning files with the dashboards."""
+    targets = [f"{path.resolve()}/targets/*.json" for path in run_dirs or []]
+    watched = provision.Watched(targets, servers or [], servers_file or [], cluster)
+    for path in provision.render(out, watched, prometheus_url=prometheus).values():
+        typer.echo(path)
 
 
 @app.command("doctor")

@@ -21,6 +21,7 @@ from kilocopy import rules
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "dashboards"
 WIDTH = 24
+SOURCE_UID = "kilocopy-prometheus"  # of the data source that kilocopy makes; in each dashboard another can be chosen
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 # What a panel's query selects: a run, the servers of a model (their label for it is `model_name`), a node of Ray's.
 RUN = 'cluster=~"$cluster",model=~"$model",run=~"$run"'
@@ -224,7 +225,8 @@ def variables() -> list[dict[str, Any]]:
         ("stage", f"label_values({m.STAGE.sample}{{{RUN}}}, stage)"),
         ("node", 'label_values(ray_node_cpu_utilization{cluster=~"$cluster"}, ip)'),
     )
-    source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "current": {}}
+    source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus",
+              "current": {"text": "kilocopy Prometheus", "value": SOURCE_UID}}  # fmt: skip
     return [source] + [
         {
             "name": name,

@@ -1,0 +1,247 @@
+"""Everything that a Prometheus and a Grafana need to show runs, rendered into one folder; and the same as Kubernetes objects.
+
+    OUT/prometheus/prometheus.yml            what is scraped, how often, and under which names
+    OUT/prometheus/rules/kilocopy.yaml       recording and alert rules (kilocopy/rules.py)
+    OUT/grafana/provisioning/datasources/    the Prometheus data source, by a fixed uid
+    OUT/grafana/provisioning/dashboards/     where Grafana finds the dashboards
+    OUT/grafana/dashboards/*.json            the dashboards (kilocopy/dashboards.py)
+
+    prometheus --config.file OUT/prometheus/prometheus.yml
+    GF_PATHS_PROVISIONING=OUT/grafana/provisioning grafana server
+
+A run's own pages (driver workers, power meter, the servers that it was told of) are found by the files in its targets/ folder, which
+name their cluster; servers beyond that are given to `Watched`, with the name of their cluster: the label by which the dashboards
+bring client and servers together.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ruamel.yaml import YAML
+
+from kilocopy import dashboards, rules
+from kilocopy.problem import ProblemError
+
+SOURCE_UID, SOURCE_NAME = dashboards.SOURCE_UID, "kilocopy Prometheus"
+FOLDER_UID, FOLDER_TITLE = "kilocopy", "kilocopy"
+INTERVAL_S = 2
+SERVERS_INTERVAL_S = 4  # a node's page is about 1 MB, and a busy one is slow to give it; three fit into the 15 s that rules look back
+REFRESH_S = 5  # how soon a run that begins is seen
+FILE_SD = re.compile(r"[^*]*(\*[^/]*)?\.(json|yml|yaml)")  # Prometheus' own rule: a star in the last part only
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What Prometheus reads, as paths and addresses that Prometheus can reach.
+
+    `targets` are file_sd patterns of runs, `RUN/targets/*.json`. Servers that no run's files name: `servers` are metrics pages of
+    Ray's agents or of vLLM (`http://host:port/metrics`), `servers_files` are file_sd files, as Ray writes them
+    (`prom_metrics_service_discovery.json`); both belong to `cluster`, which is the spec's `name`. Times are in seconds.
+    """
+
+    targets: Sequence[str] = ()
+    servers: Sequence[str] = ()
+    servers_files: Sequence[str] = ()
+    cluster: str = ""
+    interval_s: float = INTERVAL_S
+    servers_interval_s: float = SERVERS_INTERVAL_S
+
+
+def of_run(run_dir: Path) -> Watched:
+    """What there is to watch of one run."""
+    return Watched(targets=[f"{run_dir.resolve()}/targets/*.json"])
+
+
+def render(folder: Path, watched: Watched, *, prometheus_url: str = "http://127.0.0.1:9090", seen_at: str | None = None) -> dict[str, Path]:
+    """Write everything into `folder`, and say where: keys `prometheus` (prometheus.yml) and `grafana` (the provisioning folder).
+
+    `prometheus_url` is where Grafana finds Prometheus; `seen_at` is the folder's own path as Grafana sees it, where that is another
+    (in a container). Files that are the same already are left alone. Raises ProblemError where something cannot be written or read.
+    """
+    seen = seen_at or str(folder.resolve())
+    made = {
+        "prometheus/prometheus.yml": yaml_text(scrape_config(watched)),
+        "prometheus/rules/kilocopy.yaml": rules.text(),
+        "grafana/provisioning/datasources/kilocopy.yaml": yaml_text(
+            {"apiVersion": 1, "datasources": [_provisioned(prometheus_url, watched)]}
+        ),
+        "grafana/provisioning/dashboards/kilocopy.yaml": yaml_text(
+            {"apiVersion": 1, "providers": [_provider(f"{seen}/grafana/dashboards")]}
+        ),
+    }
+    made |= {f"grafana/dashboards/{name}": text for name, text in dashboard_files().items()}
+    write(folder, made)
+    return {"prometheus": folder / "prometheus" / "prometheus.yml", "grafana": folder / "grafana" / "provisioning"}
+
+
+def write(folder: Path, made: dict[str, str]) -> None:
+    """Write files, by their names in `folder`; those that are the same already are left alone. Raises ProblemError."""
+    for name, text in made.items():
+        path = folder / name
+        try:
+            if path.is_file() and path.read_text(encoding="utf-8") == text:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.tmp")  # a server that reads its configuration again never sees half of it
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise ProblemError(f"{path}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def yaml_text(document: Any) -> str:
+    """A document as YAML, an expression on one line."""
+    yaml, out = YAML(), io.StringIO()
+    yaml.width = 10_000
+    yaml.representer.ignore_aliases = lambda _: True  # what stands twice is written twice
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(document, out)
+    return out.getvalue()
+
+
+def dashboard_files() -> dict[str, str]:
+    """The dashboards' file names and their JSON."""
+    return {path.name: text for path, text in dashboards.files().items() if path.suffix == ".json"}
+
+
+# ------------------------------------------------------------------------------------------------------------- Prometheus
+
+
+def scrape_config(watched: Watched) -> dict[str, Any]:
+    """prometheus.yml as a document. Raises ProblemError for an address or a pattern that Prometheus would refuse."""
+    jobs = []
+    if watched.targets:
+        found = {"file_sd_configs": [_file_sd(watched.targets)]}
+        servers = {"source_labels": ["job"], "regex": "servers"}
+        jobs.append(_job("kilocopy", watched.interval_s, found, {**servers, "action": "drop"}))
+        jobs.append(_job("servers", watched.servers_interval_s, found, {**servers, "action": "keep"}))
+    if watched.servers or watched.servers_files:
+        if not watched.cluster:
+            raise ProblemError("servers without the name of their cluster: give the `name` of the spec that they serve (--cluster)")
+        named = (
+            {"target_label": "cluster", "replacement": watched.cluster.replace("$", "$$")},
+            {"target_label": "job", "replacement": "servers"},
+        )
+        found = {"static_configs": target_groups(watched.servers)} if watched.servers else {}
+        found |= {"file_sd_configs": [_file_sd(watched.servers_files)]} if watched.servers_files else {}
+        jobs.append(_job("more servers", watched.servers_interval_s, found, *named))
+    if not jobs:
+        raise ProblemError("nothing to watch: give a run (--run RUN), or servers (--servers URL --cluster NAME)")
+    return {"global": {"evaluation_interval": "5s"}, "rule_files": ["rules/kilocopy.yaml"], "scrape_configs": jobs}
+
+
+def target_groups(pages: Sequence[str], labels: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Metrics pages, by their addresses, as Prometheus' targets; `labels` are put on each. Raises ProblemError for a bad address."""
+    groups = []
+    for page in pages:
+        parts = urlsplit(page)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ProblemError(f"{page}: a metrics page is http://host:port/path")
+        where = {"__scheme__": parts.scheme, "__metrics_path__": parts.path or "/metrics"}
+        groups.append({"targets": [parts.netloc.rpartition("@")[2]], "labels": {**where, **(labels or {})}})
+    return groups
+
+
+def _job(name: str, interval_s: float, found: dict[str, Any], *relabelled: dict[str, Any]) -> dict[str, Any]:
+    """One job. Labels of a page stand before those of its target (`honor_labels`): a driver says itself of which cluster it is."""
+    every = f"{max(1, round(1000 * interval_s))}ms"
+    timed = {"scrape_interval": every, "scrape_timeout": every}
+    more = {"relabel_configs": list(relabelled), "metric_relabel_configs": _one_name_for_both()}
+    return {"job_name": name, "honor_labels": True, **timed, **found, **more}
+
+
+def _one_name_for_both() -> list[dict[str, Any]]:
+    """vLLM's own pages under the names that Ray's agents give; without what Ray makes up, and without what nobody here asks for."""
+    return [
+        # Histograms' sums from Ray are made from the middles of buckets.
+        {"source_labels": ["__name__"], "regex": "ray_(vllm|serve)_.+_sum", "action": "drop"},
+        {"source_labels": ["__name__"], "regex": "vllm:(.+)", "target_label": "__name__", "replacement": "ray_vllm_$1"},
+        {"source_labels": ["__name__"], "regex": "(kilocopy|ray_vllm|ray_serve|ray_node)_.+", "action": "keep"},
+        # A vLLM server that is no replica of Serve's is known by its address.
+        {
+            "source_labels": ["__name__", "ReplicaId", "instance"],
+            "separator": ";",
+            "regex": "ray_vllm_[^;]+;;(.+)",
+            "target_label": "ReplicaId",
+        },
+    ]
+
+
+def _file_sd(patterns: Sequence[str]) -> dict[str, Any]:
+    for pattern in patterns:
+        if not FILE_SD.fullmatch(pattern):
+            raise ProblemError(f"{pattern}: not a pattern that Prometheus takes: a .json or .yml file, with * in the file's name only")
+    return {"files": list(patterns), "refresh_interval": f"{REFRESH_S}s"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- Grafana
+
+
+def data_source(prometheus_url: str, interval_s: float = INTERVAL_S) -> dict[str, Any]:
+    """The Prometheus data source, as Grafana's API takes it: the server asks, not the browser."""
+    return {
+        "uid": SOURCE_UID,
+        "name": SOURCE_NAME,
+        "type": "prometheus",
+        "access": "proxy",
+        "url": prometheus_url,
+        "jsonData": {"httpMethod": "POST", "timeInterval": f"{max(1, round(interval_s))}s"},
+    }
+
+
+def _provisioned(prometheus_url: str, watched: Watched) -> dict[str, Any]:
+    return data_source(prometheus_url.replace("$", "$$"), watched.interval_s) | {"orgId": 1, "isDefault": True, "editable": False}
+
+
+def _provider(path: str) -> dict[str, Any]:
+    """Dashboards from files; Grafana looks again every 10 s."""
+    return {
+        "name": "kilocopy",
+        "orgId": 1,
+        "folder": FOLDER_TITLE,
+        "folderUid": FOLDER_UID,
+        "type": "file",
+        "disableDeletion": True,
+        "allowUiUpdates": False,
+        "updateIntervalSeconds": 10,
+        "options": {"path": path.replace("$", "$$"), "foldersFromFilesStructure": False},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- Kubernetes
+
+
+def config_maps(namespace: str, labels: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """A ConfigMap for each dashboard, labelled `grafana_dashboard: "1"`, which the sidecar of Grafana's Helm chart looks for."""
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {
+                "name": f"kilocopy-dashboard-{name.removesuffix('.json')}",
+                "namespace": namespace,
+                "labels": {"grafana_dashboard": "1", **(labels or {})},
+                "annotations": {"grafana_folder": FOLDER_TITLE},
+            },
+            "data": {f"kilocopy-{name}": json.dumps(json.loads(text), separators=(",", ":"))},  # a ConfigMap holds 1 MiB
+        }
+        for name, text in dashboard_files().items()
+    ]
+
+
+def prometheus_rule(namespace: str, labels: dict[str, str] | None = None) -> dict[str, Any]:
+    """The rules as the Prometheus Operator's object; `labels` are those that its Prometheus selects rules by (often `release`)."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "kilocopy", "namespace": namespace, "labels": dict(labels or {})},
+        "spec": rules.document(),
+    }
