@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, doctor, faults, manifest, provision, run, serving, starting
+from kilocopy import __version__, check, doctor, faults, manifest, provision, run, serving, side_by_side, starting
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
@@ -153,6 +153,29 @@ def drive(
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
     _finish(run.report(run_dir, quiet=as_json), as_json, redone=True)
+
+
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[str], typer.Argument(metavar="[NAME=]RUN...", help="Run directories; the first is the baseline. Runs of one spec, or of one NAME, are repeats.")],
+    quality: Annotated[list[str] | None, typer.Option("--quality", metavar="NAME=SCORE", help="Your own quality score of a side or a model, shown beside it.")] = None,
+    html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("comparison.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Put runs side by side: ratios of $/page, Wh/page, copies and speed, with intervals from repeats."""
+    side_by_side.command(runs, quality or [], html, as_json=as_json)
+
+
+@app.command("check")
+def check_command(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN...", help="A run, or repeats of it.")],
+    against: Annotated[list[str], typer.Option("--against", metavar="BASELINE", help="The run to measure it by, or repeats of it; a summary.json will do.")],
+    tolerance: Annotated[list[str] | None, typer.Option("--tolerance", metavar="[FIGURE=]FRACTION", help="How much worse is let pass: 0.05, 5%, usd_per_page=0.02; may be repeated.")] = None,
+    clearly: Annotated[bool, typer.Option("--clearly", help="Fail only where the whole 95 % interval is beyond the tolerance.")] = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
+) -> None:
+    """Hold a run against a baseline, for CI. Exit code 0: within the tolerance; 1: worse; 2: a mistake, or they do not compare."""
+    raise typer.Exit(check.command(run_dirs, against, tolerance or ["0.05"], clearly=clearly, xml=junit))
 
 
 @app.command("faults")

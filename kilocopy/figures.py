@@ -93,10 +93,10 @@ def throughput(summary: Summary) -> Figure:
         )
     plot.update_xaxes(**_copies_axis(stages))
     every = [_total(stage) for stage in stages]
-    plot.update_yaxes(title="output tokens/s, all copies", **_log_ticks(every), row=1, col=1)
+    plot.update_yaxes(title="output tokens/s, all copies", **log_ticks(every), row=1, col=1)
     plot.update_yaxes(title="output tokens/s, one copy", rangemode="tozero", row=1, col=2)
     caption = "Left: all copies together, with 95 % intervals; dotted: the first valid stage, scaled perfectly. Right: one copy."
-    return Figure("plot-throughput", head, caption + _void_note(void), _dressed(plot))
+    return Figure("plot-throughput", head, caption + _void_note(void), dressed(plot))
 
 
 def search_figure(summary: Summary, search: Search) -> Figure:
@@ -120,7 +120,7 @@ def search_figure(summary: Summary, search: Search) -> Figure:
     plot.update_xaxes(title=unit, **_load_axis(loads, loads))
     plot.update_yaxes(title="streams that held the SLO (%)", range=[-3, 103])
     caption = "Bars: 95 % by Wilson. Dashed: the share that the SLO asks for. Dotted: the answer. A load tried twice counts together."
-    return Figure(name, head, caption, _dressed(plot))
+    return Figure(name, head, caption, dressed(plot))
 
 
 def _attained(levels: list[SearchLevel], verdict: str, colour: str) -> go.Scatter:
@@ -175,9 +175,9 @@ def page_cost(summary: Summary) -> Figure:
             plot.add_trace(go.Scatter(x=_asked(group), y=[_mid(stage) * per for stage in group], **style))
     plot.update_xaxes(**_copies_axis(stages))
     edge_values = [end * per for stage in stages for end in (_low_high(stage) or (_mid(stage),))]
-    plot.update_yaxes(title=unit, **_log_ticks(edge_values, money))
+    plot.update_yaxes(title=unit, **log_ticks(edge_values, money))
     caption = "The same hardware, shared by more copies. The band is over the assumed prices, not measurement error."
-    return Figure("plot-cost", head, caption + _void_note(void), _dressed(plot))
+    return Figure("plot-cost", head, caption + _void_note(void), dressed(plot))
 
 
 def time_to_first_token(summary: Summary) -> Figure:
@@ -227,13 +227,13 @@ def _distribution(summary: Summary, *, field: str, name: str, head: str, axis: s
         )
     most = max(len(getattr(stage, field)) for stage in stages)
     spread = [value * 1e3 for stage in stages for value in getattr(stage, field) if value > 0]
-    plot.update_xaxes(title=axis, **_log_ticks(spread))
+    plot.update_xaxes(title=axis, **log_ticks(spread))
     plot.update_yaxes(title="percentile (%)", range=[0, math.log10(2 * most) * 1.02], **_percentile_ticks(most))
     caption = "How many of the values are at or under a time; the axis stretches towards the tail, as HdrHistogram's does."
     if len(stages) > CURVES_NAMED:
         plot.update_layout(showlegend=False)
         caption += " Cool colours: few copies; warm: many; a curve says which when pointed at."
-    return Figure(name, head, caption + note, _dressed(plot))
+    return Figure(name, head, caption + note, dressed(plot))
 
 
 def _percentile_curve(summary: Summary, stage: Stage, values: list[float]) -> go.Scatter:
@@ -283,7 +283,7 @@ def timeline(summary: Summary) -> Figure:
         "plot-timeline",
         head,
         "Shaded: the windows that count. Ramps, drains and the time between stages are outside them.",
-        _dressed(plot, top=64),
+        dressed(plot, top=64),
     )
 
 
@@ -368,7 +368,7 @@ def overhang(summary: Summary) -> Figure:
     )
     plot.update_yaxes(showgrid=False, categoryorder="array", categoryarray=list(bands)[::-1], range=[-0.5, len(bands) - 0.5])
     caption = "Bars start at one page; each gridline is ten times the last. Whiskers are over the assumed inputs."
-    return Figure("plot-overhang", head, caption, _dressed(plot, top=12))
+    return Figure("plot-overhang", head, caption, dressed(plot, top=12))
 
 
 def _ratio_bars(known: dict[str, Band]) -> go.Bar:
@@ -515,10 +515,10 @@ def _load_axis(loads: list[float], ticks: list[float]) -> dict[str, Any]:
         if not kept or tick >= 1.25 * kept[-1]:
             kept.append(tick)
     labelled = {"type": "log", "tickvals": kept, "ticktext": [f"{tick:,.0f}" if tick % 1 == 0 else f"{tick:.3g}" for tick in kept]}
-    return {**(labelled if len(kept) > 1 else _log_ticks(loads)), "range": [low - pad, high + pad]}
+    return {**(labelled if len(kept) > 1 else log_ticks(loads)), "range": [low - pad, high + pad]}
 
 
-def _log_ticks(values: list[float], write: Callable[[float | None], str] = number) -> dict[str, Any]:
+def log_ticks(values: list[float], write: Callable[[float | None], str] = number) -> dict[str, Any]:
     """A log axis labelled at 1, 2 and 5 of each decade that the values touch; at 1 alone where they span many."""
     known = [value for value in values if value > 0] or [1.0]
     first, last = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
@@ -540,7 +540,7 @@ def _trimmed(label: str) -> str:
     return label.rstrip("0").rstrip(".") if "." in label and "e" not in label and " " not in label else label
 
 
-def _dressed(plot: go.Figure, top: int = 44) -> go.Figure:
+def dressed(plot: go.Figure, top: int = 44) -> go.Figure:
     """What all figures share: no background of their own, a legend above, room for titles."""
     plot.update_layout(
         template=None,

@@ -103,21 +103,21 @@ def render_html(summary: Summary) -> str:
         conditions=_conditions(summary),
         rules=_rules(summary),
         spec=json.dumps(summary.run["spec"], indent=2, sort_keys=True) if summary.run.get("spec") else "",
-        figures_json=Markup(_json(drawn)),  # noqa: S704  # escaped in _json
+        figures_json=Markup(figures_json(drawn)),  # noqa: S704  # escaped in figures_json
         plotly=Markup(plotly),  # noqa: S704  # our dependency's own file
         script=Markup(SCRIPT),  # noqa: S704  # the constant above
-        policy=_policy(plotly, SCRIPT),
+        policy=policy(plotly, SCRIPT),
     )
 
 
-def _policy(*scripts: str) -> str:
+def policy(*scripts: str) -> str:
     """A content security policy under which only these scripts run and nothing is fetched."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{value}'" for value in hashes)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
-def _json(drawn: list[Figure]) -> str:
+def figures_json(drawn: list[Figure]) -> str:
     """The figures' data as JSON that cannot end the script element it stands in."""
     plots = {figure.id: figure.plot.to_plotly_json() for figure in drawn if figure.plot is not None}
     text = json.dumps(plots, sort_keys=True, allow_nan=False, separators=(",", ":"))

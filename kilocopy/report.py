@@ -212,31 +212,31 @@ def print_report(summary: Summary, console: Console) -> None:
 
 def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
     """What the report says, in order."""
-    yield _wrapped(summary.headline.sentence, width, style="bold")
+    yield wrapped(summary.headline.sentence, width, style="bold")
     if summary.status == "interrupted":
-        yield _wrapped(f"INTERRUPTED: {summary.status_sentence}", width, style="bold red")
-    yield _wrapped(_conditions(summary), width, style="dim")
+        yield wrapped(f"INTERRUPTED: {summary.status_sentence}", width, style="bold red")
+    yield wrapped(_conditions(summary), width, style="dim")
     if summary.stages:
         yield Text()
         yield _table(summary)
-        yield _wrapped(_legend(summary), width, style="dim")
+        yield wrapped(_legend(summary), width, style="dim")
         yield Text()
         yield _latency_table(summary)
-        yield _wrapped("Latencies: p50 / p90 / p99, of requests sent and finished inside the window.", width, style="dim")
+        yield wrapped("Latencies: p50 / p90 / p99, of requests sent and finished inside the window.", width, style="dim")
     for search in summary.searches:
         yield Text()
-        yield _wrapped(f"Search, stage {search.stage}: {search.sentence}", width)
+        yield wrapped(f"Search, stage {search.stage}: {search.sentence}", width)
         yield _rows(SEARCH_HEADS, search_rows(search))
     for stage in summary.stages:
         if stage.steps:
             yield Text()
-            yield _wrapped(f"Stage {place(stage)}, step by step", width, style="bold")
+            yield wrapped(f"Stage {place(stage)}, step by step", width, style="bold")
             yield _rows(STEP_HEADS, step_rows(stage))
     for title, sentences in _sections(summary):
         if sentences:
             yield Text()
-            yield _wrapped(title, width, style="bold")
-            yield from (_wrapped(sentence, width, indent="  ") for sentence in sentences)
+            yield wrapped(title, width, style="bold")
+            yield from (wrapped(sentence, width, indent="  ") for sentence in sentences)
 
 
 def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
@@ -254,7 +254,7 @@ def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
     yield "Beside yours: published figures", [f"{each.name}: {each.figure} ({each.conditions})" for each in summary.references]
 
 
-def _wrapped(text: str, width: int, *, indent: str = "", style: str = "") -> Text:
+def wrapped(text: str, width: int, *, indent: str = "", style: str = "") -> Text:
     """Text broken between words; a continued line is indented a little further."""
     hanging = indent + "  " if indent else ""
     lines = textwrap.wrap(plain(text), width, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False)
