@@ -27,7 +27,7 @@ from kilocopy import manifest
 LEVELS = (50, 100, 200, 400, 800, 1280, 1600, 2400, 3200)
 PEER_LEVELS = (50, 100, 200, 400)
 MISSES_MAX = 2  # a client that was dishonest at so many levels in a row is not asked for more
-OUT = Console(highlight=False)
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
 
 
 def play(name: str, client: Callable[..., Level], levels: Sequence[int], schedule: Schedule, window_s: float) -> list[Level]:

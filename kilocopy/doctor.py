@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from kilocopy import manifest
+from kilocopy import drain, manifest
+from kilocopy.problem import ProblemError
 
 # Pairs of Ray and vLLM that work together (README, requirements/).
 SHARED = Path("/dev/shm")  # noqa: S108  a mount of the kernel's, not a temporary file
@@ -67,6 +68,17 @@ def locust() -> Finding:
         return Finding("Locust", "ok", importlib.metadata.version("locust"))
     except importlib.metadata.PackageNotFoundError:
         return Finding("Locust", "mend", "missing: run `make setup`")
+
+
+def reader() -> Finding:
+    """Which stream reader a driver here uses."""
+    try:
+        if drain.kind() == "compiled":
+            return Finding("Stream reader", "ok", "compiled")
+    except ProblemError as problem:
+        return Finding("Stream reader", "mend", str(problem))
+    asked = "asked for by KILOCOPY_READER" if os.environ.get("KILOCOPY_READER") else "the compiled one could not be built: is there a C compiler?"
+    return Finding("Stream reader", "note", f"plain Python ({asked}); it is as exact and holds fewer streams a core (docs/measurements.md)")
 
 
 def gpus() -> Finding:
@@ -131,7 +143,7 @@ def power() -> Finding:
     )
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (python, engines, locust, gpus, descriptors, port, memory, shared_memory, disk, power)
+CHECKS: tuple[Callable[[], Finding], ...] = (python, engines, locust, reader, gpus, descriptors, port, memory, shared_memory, disk, power)
 
 
 def examine() -> int:

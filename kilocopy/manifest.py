@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from kilocopy import __version__
+from kilocopy import __version__, drain
 from kilocopy.problem import ProblemError
 from kilocopy.records import write_json
 from kilocopy.spec import MeasuredTraining, Spec
@@ -55,6 +55,7 @@ def describe(spec: Spec, run_id: str, now: dt.datetime, url: str, driver_shares_
         "driver_shares_host": driver_shares_host,
         "training": training(spec),
         "versions": versions(),
+        "stream_reader": drain.kind(),  # of a driver here; workers that joined from elsewhere say theirs in their events
         "git_commit": commit(),
         "hardware": hardware(),
     }

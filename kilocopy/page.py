@@ -34,6 +34,7 @@ CONDITIONS = {
     "driver_shares_host": "Driver shares the serving host",
     "hardware": "Driver's host",
     "versions": "Driver's versions",
+    "stream_reader": "Driver's stream reader",
     "spec_sha256": "Hash of the spec",
     "git_commit": "Commit",
     "seed": "Seed",

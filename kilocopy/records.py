@@ -121,7 +121,7 @@ class Writer:
 class Events:
     """Appends one JSON object a line to events/<process>.jsonl, at once.
 
-    Events of the driver, each process its own: `run_start`; `stage_start` {stage, level, load, workers}: load is the copies, or
+    Events of the driver, each process its own: `run_start` (a worker's with {reader: compiled | plain}); `stage_start` {stage, level, load, workers}: load is the copies, or
     the rate, of a search's level, else null; `stage_stop_asking` {stage, level}: from here on nothing is sent; `stage_drained`
     {stage, level}: the last stream ended; `stage_settled` {stage, level}: idle long enough for the servers' counters to be
     scraped; `run_end` {reason: complete | interrupted}. Where workers share the load, the master writes `worker_lost` {worker,

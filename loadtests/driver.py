@@ -215,7 +215,7 @@ class Driver:
             return
         spec = Spec.model_validate(run["spec"])
         streams = self._make_streams(spec, Workload(spec), Path(run["run_dir"]), run["url"], self.runner.worker_index)
-        streams.recorder.events.write("run_start", spec_sha256=spec.sha256)
+        streams.recorder.events.write("run_start", spec_sha256=spec.sha256, reader=streams.reader.kind)
         self.streams = streams
 
         def tell() -> None:

@@ -3,6 +3,8 @@
 A greenlet that wakes for every token is what limits a gevent driver. Here one epoll set holds all sockets and one watcher in
 gevent's hub drains whatever is ready: it takes the time before anything else, hands the bytes to httptools, and keeps each piece
 of the body with that time. No event is parsed while tokens arrive, and the greenlet that asked wakes once, when its stream ended.
+Where it could be compiled (kilocopy/drain.c), plain chunks are read and kept without any Python at all, and httptools sees only what
+is around them: the head, the end, and whatever is not of that form.
 When tokens come thick, the drain waits for the next ones itself for up to a millisecond: a turn of the hub for each token would
 cost as much as reading it.
 
@@ -14,6 +16,7 @@ cost as much as reading it.
 from __future__ import annotations
 
 import _socket
+import os
 import re
 import ssl
 import time
@@ -30,6 +33,7 @@ import httptools
 from gevent import monkey, socket
 from gevent.event import Event
 
+from kilocopy import drain
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Timeouts
 
@@ -46,6 +50,7 @@ BUSY_EVENTS_PER_S = 5000  # from here on the drain waits for more before it give
 TURN_NS = 1_000_000  # the longest that it keeps the hub waiting
 PASS_MAX = 128  # sockets read under one time stamp; also what epoll makes room for at each call
 
+HEAD_END = b"\r\n\r\n"
 _TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)"\s*:\s*"[^"]')
 _epoll = monkey.get_original("select", "epoll")  # gevent hides it, since it would block the hub: for TURN_NS, here
 
@@ -95,6 +100,7 @@ class Stream:
         self.status: int | None = None
         self.content_type = b""
         self.framed = False  # the length or the chunks say where the body ends; else the connection's end does
+        self.chunked = False
         self.coding = b""  # what else was done to the body; we ask for nothing of the kind
         self.location = b""
         self.retry_after_s: float | None = None  # what Retry-After asks for, at most RETRY_AFTER_MAX_S
@@ -120,7 +126,8 @@ class Stream:
     def on_message_begin(self) -> None:
         if self.whole:
             raise ValueError("bytes after the end of the answer")
-        self.content_type, self.framed, self.coding, self.location = b"", False, b"", b""  # what a 1xx answer said is not the answer's
+        # What a 1xx answer said is not the answer's.
+        self.content_type, self.framed, self.chunked, self.coding, self.location = b"", False, False, b"", b""
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status is not None:
@@ -131,7 +138,7 @@ class Stream:
         elif name == b"content-length":
             self.framed = True
         elif name == b"transfer-encoding":
-            self.framed = True
+            self.framed = self.chunked = True
             self.coding = self.coding or (b"" if value.strip().lower() == b"chunked" else value)
         elif name == b"content-encoding":
             self.coding = self.coding or (b"" if value.strip().lower() == b"identity" else value)
@@ -213,7 +220,7 @@ class Stream:
 class Connection:
     """A socket that is registered with the reader, and the stream that is being read from it, if any."""
 
-    __slots__ = ("_reader", "_recv_into", "_tls", "closed", "fd", "served", "sock", "stream")
+    __slots__ = ("_drain", "_reader", "_recv_into", "_tls", "closed", "compiled", "fd", "served", "sock", "stream")
 
     def __init__(self, reader: Reader, sock: _socket.socket, tls: _Tls | None) -> None:
         self._reader, self.sock, self._tls = reader, sock, tls
@@ -222,10 +229,15 @@ class Connection:
         self.stream: Stream | None = None
         self.closed = False
         self.served = 0
+        self._drain = None if tls else reader.compiled
+        self.compiled = False  # whether the compiled reader has the body that is being read
         reader.add(self)
 
     def receive(self, now_ns: int) -> None:
         """Read what is there and give it to the stream's parser."""
+        if self.compiled and self._drain is not None:
+            self.hear(self._drain.receive(self.fd, now_ns), now_ns)
+            return
         try:
             # Into one buffer for all: a fresh one of its size for each token costs more than the token.
             data: bytes | memoryview = READ_VIEW[: self._recv_into(READ_BUFFER)]
@@ -240,9 +252,69 @@ class Connection:
         if stream is None or not data:  # the server hung up, or talks without being asked
             self._lost(now_ns, "the server closed the connection")
             return
-        problem = stream.take(data, now_ns)
+        problem = stream.take(data, now_ns) if self._drain is None or stream.status else self._open(bytes(data), now_ns)
+        if self.compiled:
+            return
         if problem is not None or stream.whole or stream.bytes > LIKELY_BYTES or stream.status != 200 or stream.coding or self._tls:
             self._judge(now_ns, problem)
+
+    def _open(self, data: bytes, now_ns: int) -> str | None:
+        """Take the beginning of an answer. What follows the head of a chunked one is the compiled reader's. Returns what is wrong, if anything."""
+        stream, at = self.stream, data.find(HEAD_END) + len(HEAD_END)
+        assert stream is not None  # noqa: S101
+        if at < len(HEAD_END):
+            return stream.take(data, now_ns)
+        problem = stream.take(data[:at], now_ns)
+        if problem is not None:
+            return problem
+        if stream.status != 200 or not stream.chunked or stream.coding or stream.pieces or stream.whole:
+            return stream.take(data[at:], now_ns) if len(data) > at else None
+        return self._take_back()[0] if self._hand_over(data[at:], now_ns) else None
+
+    def _hand_over(self, data: bytes, now_ns: int) -> bool:
+        """Give the compiled reader a body that is at the beginning of a chunk. Returns whether it has to be taken back at once."""
+        assert self._drain is not None  # noqa: S101
+        assert self.stream is not None  # noqa: S101
+        self.compiled = True
+        bytes_left, pieces_left = STREAM_BYTES_MAX - self.stream.bytes, PIECES_MAX - len(self.stream.pieces)
+        return self._drain.begin(self.fd, data, now_ns, bytes_left, pieces_left) != drain.ON
+
+    def _take_back(self) -> tuple[str | None, bool]:
+        """Have from the compiled reader what it kept: pieces of whole chunks, and what came after them for the parser.
+
+        Returns what is wrong with the latter, if anything, and whether there was any.
+        """
+        assert self._drain is not None  # noqa: S101
+        assert self.stream is not None  # noqa: S101
+        stream, problem = self.stream, None
+        self.compiled = False
+        pieces, stamps, size, rest = self._drain.take(self.fd)
+        stream.pieces += pieces
+        stream.stamps_ns.frombytes(stamps)
+        stream.bytes += size
+        for data, ns in rest:
+            problem = problem or stream.take(data, ns)
+        return problem, bool(rest)
+
+    def hear(self, said: int, now_ns: int) -> None:
+        """The compiled reader looked at this socket, and Python has to know what it said (kilocopy/drain.py)."""
+        if said == drain.NOT_OURS:
+            self.receive(now_ns)
+        elif said != drain.ON:
+            problem, _ = self._take_back()
+            if said == drain.SEE or problem is not None:
+                self._judge(now_ns, problem)
+            elif said == drain.CLOSED:
+                self._lost(now_ns, "the server closed the connection")
+            else:
+                self._lost(now_ns, str(OSError(-said, os.strerror(-said))))
+
+    def bring_up(self) -> None:
+        """Have in `stream.pieces` all that came, for a look at it; the compiled reader goes on where no chunk is half read."""
+        if self.compiled:
+            _, begun = self._take_back()
+            if not begun:
+                self._hand_over(b"", 0)
 
     def _decrypt(self, data: bytes) -> bytes:
         """The plain bytes; none where the server ended the TLS connection. Raises BlockingIOError where none are complete."""
@@ -303,6 +375,8 @@ class Connection:
 
     def fail(self, now_ns: int, outcome: str, error: str) -> None:
         """End the stream with a typed error. The connection is closed: what still comes from it belongs to nobody."""
+        if self.compiled:
+            self._take_back()
         stream, self.stream = self.stream, None
         self.close()
         if stream is not None:
@@ -324,7 +398,7 @@ class Connection:
     def close(self) -> None:
         """Take the socket out of the loop and close it."""
         if not self.closed:
-            self.closed = True
+            self.closed, self.compiled = True, False
             self._reader.remove(self)
             self.sock.close()
 
@@ -390,11 +464,18 @@ class Reader:
         self.open_streams: set[Stream] = set()
         self._epoll = _epoll()
         self._poll = self._epoll.poll
+        compiled = drain.chosen()
+        self.compiled = None if compiled is None else compiled(self._epoll.fileno())
         self._connections: dict[int, Connection] = {}
         self.ended = 0  # streams: each has woken a greenlet, which waits for the hub
         self._busy, self._weighed_events, self._weighed_ns = False, 0, 0
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), 1)
         self._sweeper: Any = None
+
+    @property
+    def kind(self) -> str:
+        """`compiled` or `plain`."""
+        return "plain" if self.compiled is None else "compiled"
 
     @property
     def connections(self) -> int:
@@ -403,7 +484,7 @@ class Reader:
 
     def start(self, timeouts: Timeouts) -> None:
         """Begin to watch sockets, and silences."""
-        self._watcher.start(self._drain)
+        self._watcher.start(self._drain if self.compiled is None else self._drain_compiled)
         self._sweeper = gevent.spawn(self._sweep_forever, timeouts)
 
     def stop(self) -> None:
@@ -425,6 +506,8 @@ class Reader:
         """Watch it no more; before its socket is closed."""
         del self._connections[connection.fd]
         self._epoll.unregister(connection.fd)
+        if self.compiled is not None:
+            self.compiled.stop(connection.fd)
 
     def forget(self, stream: Stream) -> None:
         """A stream has ended."""
@@ -451,6 +534,24 @@ class Reader:
         self.events += events
         self._weigh(now_ns, events)
 
+    def _drain_compiled(self) -> None:
+        """As `_drain`, where the compiled reader does all of it but what Python has to see."""
+        assert self.compiled is not None  # noqa: S101
+        read, connections = self.compiled.drain, self._connections
+        count, now_ns, seen = read(TURN_NS if self._busy else 0)
+        events, ended, end_ns = count, self.ended, now_ns + TURN_NS
+        while seen:
+            for fd, said in seen:
+                connection = connections.get(fd)
+                if connection is not None:  # else closed earlier in this very pass
+                    connection.hear(said, now_ns)
+            if not self._busy or self.ended != ended or now_ns >= end_ns:
+                break
+            count, now_ns, seen = read(end_ns - now_ns)
+            events += count
+        self.events += events
+        self._weigh(now_ns, events)
+
     def _weigh(self, now_ns: int, events: int) -> None:
         """Whether tokens come thick, judged every 5 ms."""
         self._weighed_events += events
@@ -460,10 +561,12 @@ class Reader:
             self._weighed_events, self._weighed_ns = 0, now_ns
 
     def _sweep_forever(self, timeouts: Timeouts) -> None:
+        limit_ns = 1e9 * min(timeouts.first_token_s, timeouts.stall_s)
         while True:
             gevent.sleep(SWEEP_S)
             now_ns = time.perf_counter_ns()
-            for connection in [c for c in self._connections.values() if c.stream is not None]:
+            for connection in [c for c in self._connections.values() if c.stream is not None and now_ns - c.stream.alive_ns > limit_ns]:
+                connection.bring_up()
                 failure = overdue(connection.stream, timeouts, now_ns)
                 if failure is not None:
                     connection.fail(now_ns, *failure)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import _socket
 import itertools
 import json
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import httptools
 import pyarrow as pa
@@ -37,8 +39,27 @@ def reader() -> Iterator[Reader]:
     reader.stop()
 
 
-def play(reader: Reader, reads: Sequence[bytes], *, close: bool = True) -> tuple[str, str | None, Stream, Answer]:
-    """What becomes of an answer that arrives in these reads, a microsecond apart, and of the connection's end after them."""
+@pytest.fixture(scope="module")
+def both() -> Iterator[tuple[Reader, Reader]]:
+    """A compiled and a plain reader; `make setup` builds the first wherever there is a C compiler."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here: there is the plain reader only")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILOCOPY_READER", "compiled")
+        compiled = Reader()
+        patch.setenv("KILOCOPY_READER", "plain")
+        plain = Reader()
+    assert (compiled.compiled is None, plain.compiled is None) == (False, True)
+    yield compiled, plain
+    compiled.stop()
+    plain.stop()
+
+
+def play(reader: Reader, reads: Sequence[bytes], *, close: bool = True, look: int = 0) -> tuple[str, str | None, Stream, Answer]:
+    """What becomes of an answer that arrives in these reads, a microsecond apart, and of the connection's end after them.
+
+    look: where not 0, after each so many reads the pieces are looked at, as the sweep for silences does.
+    """
     ours, theirs = _socket.socketpair()
     with socket.socket(fileno=theirs.detach()) as server:
         ours.setblocking(False)
@@ -52,6 +73,8 @@ def play(reader: Reader, reads: Sequence[bytes], *, close: bool = True) -> tuple
             now_ns += 1000
             server.sendall(read)
             connection.receive(now_ns)
+            if look and now_ns // 1000 % look == 0:
+                connection.bring_up()
         if close and not stream.ended.is_set():
             server.close()
             now_ns += 1000
@@ -195,6 +218,44 @@ def test_a_damaged_answer_ends_in_one_known_way_wherever_it_is_split(
     recordable(outcome, error, stream, answer)
     whole = play(reader, [data])
     assert (outcome, answer.text, answer.output_tokens) == (whole[0], whole[3].text, whole[3].output_tokens)
+
+
+def both_see(both: tuple[Reader, Reader], reads: Sequence[bytes], *, close: bool = True, look: int = 0) -> None:
+    """The compiled reader leaves exactly what the plain one does: outcome, sentence, every piece with its time, the end, the connection's fate."""
+    seen = []
+    for reader in both:
+        served = reader.ended
+        outcome, error, stream, answer = play(reader, reads, close=close, look=look)
+        said = (stream.status, stream.framed, stream.coding, stream.keeps, stream.whole, stream.replica, stream.location, stream.finished_ns)
+        times = (stream.pieces, list(stream.stamps_ns), list(answer.times_ns))
+        seen.append((outcome, error, answer.text, answer.output_tokens, said, times, stream.outcome, stream.error, reader.ended - served))
+    assert seen[0] == seen[1]
+
+
+def spoiled(data: bytes, mutations: list[tuple[str, int, int, bytes]]) -> bytes:
+    """As `mutate`, of the body only: a head that is not of a plain chunked answer never reaches the compiled reader."""
+    at = data.index(b"\r\n\r\n") + 4
+    return data[:at] + mutate(data[at:], mutations)
+
+
+@settings(deadline=None, max_examples=600)
+@given(ANSWERS, st.lists(MUTATION, max_size=3), PLACES, st.booleans(), st.integers(0, 3), st.sampled_from([mutate, spoiled, spoiled]))
+def test_the_compiled_reader_sees_what_the_plain_one_sees(
+    both: tuple[Reader, Reader], made: tuple[list[str], str, bytes], mutations: list[tuple[str, int, int, bytes]], places: list[int],
+    close: bool, look: int, spoil: Any,
+) -> None:  # fmt: skip
+    both_see(both, cut(spoil(made[2], mutations), places), close=close, look=look)
+
+
+@pytest.mark.parametrize("line", [b"3", b"3\r", b"3\n", b"3 \r\n", b"3;a=b\r\n", b"03\r\n", b"00000003\r\n", b"+3\r\n", b"\r\n", b"g\r\n",
+                                  b"0\r\n", b"00\r\n", b"0\r\nX: y\r\n", b"fffffff\r\n", b"ffffffffffffffff\r\n", b"0x3\r\n"])  # fmt: skip
+@pytest.mark.parametrize("tail", [b"abc\r\n0\r\n\r\n", b"abcX", b"abc\rX", b"abc\n0\r\n\r\n", b"\r\n", b"\r\nHTTP/1.1 200 OK\r\n\r\n", b""])
+@pytest.mark.parametrize("close", [True, False])
+def test_chunk_lines_of_every_form_read_the_same(both: tuple[Reader, Reader], line: bytes, tail: bytes, close: bool) -> None:
+    whole = b"5\r\nhello\r\n" + line + tail
+    for at in range(0, len(whole), 3):
+        both_see(both, [CHUNKED.encode(), whole[:at], whole[at : at + 1], whole[at + 1 :]], close=close)
+    both_see(both, [CHUNKED.encode() + whole], close=close)
 
 
 @settings(deadline=None, max_examples=200)

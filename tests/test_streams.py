@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,13 +24,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kilocopy.faults import Server, modes
+from kilocopy import doctor, drain
+from kilocopy.faults import CHUNKED, Server, modes
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Timeouts
 from loadtests import answers
 from loadtests.answers import Answer, decode
 from loadtests.recorder import _outcome
-from loadtests.streams import Client, Reader, Stream, Target, retry_after_s
+from loadtests.streams import Client, Connection, Reader, Stream, Target, retry_after_s
 
 TIMEOUTS = Timeouts(connect_s=1, first_token_s=0.5, stall_s=0.4)
 PATH, BODY = "/v1/completions", json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
@@ -137,8 +141,11 @@ def test_an_empty_answer_has_nothing() -> None:
 # --- reading ---
 
 
-@pytest.fixture
-def reader() -> Iterator[Reader]:
+@pytest.fixture(params=["compiled", "plain"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    if request.param == "compiled" and shutil.which("cc") is None:
+        pytest.skip("no C compiler here: there is the plain reader only")
+    monkeypatch.setenv("KILOCOPY_READER", request.param)
     reader = Reader()
     reader.start(TIMEOUTS)
     yield reader
@@ -326,6 +333,64 @@ def test_an_endless_answer_ends_at_the_limit(reader: Reader, monkeypatch: pytest
         outcome, error, *_ = ask(reader, server.url)
     assert outcome == "bad_stream"
     assert "longer than" in (error or "")
+
+
+@pytest.mark.timeout(10)
+def test_a_look_at_what_came_leaves_the_compiled_reader_at_work(reader: Reader) -> None:
+    """Unless a chunk is half read: then httptools has to go on, and the pieces show what there is of it."""
+    ours, theirs = _socket.socketpair()
+    ours.setblocking(False)
+    with socket.socket(fileno=theirs.detach()) as server:
+        connection = Connection(reader, ours, None)
+        connection.stream = stream = Stream()
+        for number, (part, seen, whole) in enumerate([(CHUNKED, b"", True), ("3\r\nabc\r\n", b"abc", True), ("3\r\nde", b"abcde", False)]):
+            server.sendall(part.encode())
+            connection.receive(number)
+            assert connection.compiled is (reader.compiled is not None)
+            connection.bring_up()
+            assert b"".join(stream.pieces) == seen
+            assert connection.compiled is (whole and reader.compiled is not None)
+        assert list(stream.stamps_ns) == [1, 2]
+        connection.fail(3, "cancelled", "over")
+
+
+@pytest.mark.parametrize(("asked", "kind"), [(None, "compiled"), ("compiled", "compiled"), ("plain", "plain"), ("fast", None)])
+def test_which_reader_is_used_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str | None, kind: str | None) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here: there is the plain reader only")
+    monkeypatch.delenv("KILOCOPY_READER", raising=False)
+    if asked:
+        monkeypatch.setenv("KILOCOPY_READER", asked)
+    if kind is None:
+        with pytest.raises(ProblemError, match="neither 'compiled' nor 'plain'"):
+            drain.kind()
+    else:
+        assert drain.kind() == kind
+
+
+def test_without_the_compiled_reader_the_plain_one_is_used_unless_the_other_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kilocopy._drain", None)  # as where it could not be built
+    monkeypatch.delattr("kilocopy._drain", raising=False)
+    monkeypatch.delenv("KILOCOPY_READER", raising=False)
+    assert drain.kind() == "plain"
+    assert doctor.reader().level == "note"
+    monkeypatch.setenv("KILOCOPY_READER", "compiled")
+    with pytest.raises(ProblemError, match="install a C compiler"):
+        drain.kind()
+
+
+@pytest.mark.parametrize("compiler", ["false", "cc"])
+def test_an_installation_goes_on_without_a_compiler(tmp_path: Path, compiler: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
+    root = Path(drain.__file__).parent.parent
+    (tmp_path / "kilocopy").mkdir()
+    for name in ("pyproject.toml", "README.md", "kilocopy/drain.c", "kilocopy/__init__.py"):
+        shutil.copy(root / name, tmp_path / name)
+    command = [sys.executable, "-c", "from setuptools import setup; setup()", "build_ext", "--build-lib", "built", "--build-temp", "temporary"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"CC": compiler}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("built/kilocopy/_drain*.so"))) == (compiler == "cc")
 
 
 @pytest.mark.timeout(10)
