@@ -26,7 +26,7 @@ import psutil
 
 from cluster import application
 from kilocopy.application import APPLICATION, environment
-from kilocopy.manifest import CHECKOUT
+from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.records import write_json
 from kilocopy.spec import CpuReplica, GpuReplica, Spec
 
@@ -64,7 +64,7 @@ def main() -> int:
     directory = Path(sys.argv[1])
     spec = Spec.model_validate_json((directory / "spec.json").read_text())
     take_signals()
-    os.environ.update(environment(spec, str(CHECKOUT)))
+    os.environ.update(environment(spec, str(CHECKOUT)) | {"PYTHONPATH": search_path()})
     state = State(directory, spec)
     local = spec.cluster.address == "local"
     if local:

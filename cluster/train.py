@@ -165,10 +165,9 @@ def _named_docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 # The tokenizer and the model
 
 
-def train_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE: every UTF-8 text survives the way there and back, whatever it was trained on."""
+def byte_level_bpe(texts: list[str], vocabulary: int) -> Any:
+    """A tokenizers.Tokenizer, byte-level BPE: every UTF-8 text survives the way there and back, whatever it was trained on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -176,10 +175,17 @@ def train_tokenizer(texts: list[str]) -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
     )
+    return bpe
+
+
+def train_tokenizer(texts: list[str]) -> Any:
+    """The demo model's tokenizer."""
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=byte_level_bpe(texts, VOCABULARY),
         bos_token=END,
         eos_token=END,
         pad_token=END,

@@ -13,6 +13,7 @@ from typing import Any
 from kilocopy.spec import CpuReplica, GpuReplica, Spec, streams_max
 
 APPLICATION = "kilocopy"
+GPU_MEMORY_UTILIZATION = 0.9  # of a replica's share of a GPU, where the spec does not say: the rest is CUDA's own and its graphs'
 
 
 def environment(spec: Spec, checkout: str) -> dict[str, str]:
@@ -68,6 +69,14 @@ def local_model(spec: Spec) -> Path | None:
     return path.resolve() if path.is_dir() else None
 
 
+def _memory(spec: Spec) -> dict[str, Any]:
+    """The engine's share of a GPU that it does not have alone; a whole GPU is left to vLLM's own default."""
+    hardware = spec.cluster.hardware
+    if isinstance(hardware, CpuReplica) or hardware.gpus_per_replica >= 1:
+        return {}
+    return {"gpu_memory_utilization": round(GPU_MEMORY_UTILIZATION * hardware.gpus_per_replica, 4)}
+
+
 def llm_config(spec: Spec, directory: str | None) -> dict[str, Any]:
     """The LLMConfig of `ray.serve.llm`, as a plain dict (the same that a Serve YAML holds).
 
@@ -77,7 +86,7 @@ def llm_config(spec: Spec, directory: str | None) -> dict[str, Any]:
     engine = {"tensor_parallel_size": spec.cluster.tensor_parallel, "pipeline_parallel_size": spec.cluster.pipeline_parallel}
     config: dict[str, Any] = {
         "model_loading_config": {"model_id": spec.model.id, "model_source": directory or spec.model.source},
-        "engine_kwargs": engine | spec.cluster.engine,
+        "engine_kwargs": engine | _memory(spec) | spec.cluster.engine,
         "deployment_config": {"num_replicas": spec.cluster.replicas},
         "runtime_env": {"env_vars": replica_environment(spec, directory)},
         # Ray holds streamed tokens back for 50 ms by default, to batch them.

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import typer
 
 from kilocopy import __version__, check, doctor, faults, manifest, provision, run, serving, side_by_side, starting
-from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
 
@@ -81,7 +80,7 @@ def train(out: Annotated[Path, typer.Option("--out", help="Directory of the mode
         str(seed),
         *(["--force"] if force else []),
     ]
-    raise typer.Exit(subprocess.run(arguments, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=False).returncode)
+    raise typer.Exit(subprocess.run(arguments, env=os.environ | {"PYTHONPATH": manifest.search_path()}, check=False).returncode)
 
 
 @app.command()

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 WORDS_PER_TOKEN = 0.75  # for the live line only: the report counts words
 STOP_WAIT_S = 20.0
 WEB_STAYS_S = 5  # how long Locust's page can still be looked at after the last stage
@@ -116,7 +116,7 @@ def _end_worker(process: subprocess.Popen[bytes]) -> int:
 
 def _environment(run_dir: Path, api_key: str | None) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_")}
-    environment |= {"KILOCOPY_RUN_DIR": str(run_dir.resolve()), "PYTHONPATH": str(CHECKOUT), "KILOCOPY_API_KEY": api_key or ""}
+    environment |= {"KILOCOPY_RUN_DIR": str(run_dir.resolve()), "PYTHONPATH": search_path(), "KILOCOPY_API_KEY": api_key or ""}
     return environment
 
 

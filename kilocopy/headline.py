@@ -200,7 +200,8 @@ def _answer(stage: Stage, spec: Spec) -> str:
     when = " on average" if stage.copies.asked is None else ""
     parts = [f"{ran} of {spec.model.id} ran at once{when} on this hardware: {throughput.output_tokens_per_s.value:,.0f} tokens/s"]
     if throughput.pages_per_hour is not None:
-        parts.append(f"{throughput.pages_per_hour:,.0f} pages of {spec.page.words} words an hour")
+        rests = " (assumed words per token)" if throughput.words_source == "assumed" else ""
+        parts.append(f"{throughput.pages_per_hour:,.0f} pages of {spec.page.words} words an hour{rests}")
     if priced and priced.usd_per_page:
         parts.append(f"${priced.usd_per_page.mid:.2g} a page")
     if priced and priced.wh_per_page:

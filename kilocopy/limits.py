@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kilocopy.manifest import CHECKOUT
+from kilocopy.manifest import search_path
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, streams_max
 
@@ -55,7 +55,7 @@ def roofline() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
     }
     command = [sys.executable, "-m", "loadtests.roofline"]
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    environment = os.environ | {"PYTHONPATH": search_path()}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
         measured = json.loads(done.stdout)

@@ -95,6 +95,12 @@ def training(spec: Spec) -> dict[str, Any] | None:
     return dict(loaded)
 
 
+def search_path() -> str:
+    """PYTHONPATH of the processes that kilocopy starts: the checkout, then what it was: packages may live there alone (`pip install --target`)."""
+    before = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(CHECKOUT)]
+    return os.pathsep.join([str(CHECKOUT), *before])
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on; what is not installed is left out."""
     found = {"python": platform.python_version()}

@@ -111,6 +111,16 @@ def _notes(checks: Sequence[Check], window: summary.Window, inside: Streams, jud
     return [Reason(code=code, sentence=sentence) for code, sentence in notes.items()]
 
 
+def _assumed_words(spec: Spec, through: summary.Throughput) -> list[Reason]:
+    """Pages that rest on an assumption say so, beside what was counted."""
+    assumed = spec.page.words_per_token
+    if assumed is None:
+        return []
+    beside = "; no words were counted" if through.words_per_token_counted is None else f"; {through.words_per_token_counted:.3g} were counted"
+    sentence = f"Pages are assumed, not counted: {assumed.value:g} words per token ({assumed.source}){beside}."
+    return [Reason(code="words-assumed", sentence=sentence)]
+
+
 def _verdict(voids: list[Reason], withheld: list[Reason], notes: list[Reason]) -> summary.Verdict:
     level = "void" if voids else "latency_withheld" if withheld else "valid"
     return summary.Verdict(level=level, reasons=voids + withheld, notes=notes)  # type: ignore[arg-type]  # the literals above
@@ -149,7 +159,8 @@ def _words_per_token(streams: Streams, window: summary.Window) -> float | None:
 def _throughput(spec: Spec, streams: Streams, window: summary.Window, rate: Estimate, in_flight: float) -> summary.Throughput:
     """What arrived in the window, from the rate at which tokens did."""
     tokens = rate.value * window.duration_s
-    words_per_token = _words_per_token(streams, window)
+    counted, assumed = _words_per_token(streams, window), spec.page.words_per_token
+    words_per_token = counted if assumed is None else assumed.value
     words = None if words_per_token is None else tokens * words_per_token
     pages = None if words is None else words / spec.page.words
     began = streams.ok & (streams.first_s >= window.start_s) & (streams.first_s < window.end_s)
@@ -162,6 +173,8 @@ def _throughput(spec: Spec, streams: Streams, window: summary.Window, rate: Esti
         output_tokens_per_s_per_device=rate.value / spec.cluster.devices,
         output_tokens_per_s_per_replica=rate.value / spec.cluster.replicas,
         words_per_token=words_per_token,
+        words_per_token_counted=counted,
+        words_source="counted" if assumed is None else "assumed",
         words_per_s=None if words is None else words / window.duration_s,
         pages=pages,
         pages_per_hour=None if pages is None else pages * 3600 / window.duration_s,
@@ -292,7 +305,8 @@ def _measured(
     slo = _slo(streams, window, spec.slo, asked, withheld=bool(withheld))
     voids = [*([INTERRUPTED] if span.cut_off else []), *driver.voids, *found.voids]
     voids += _void_reasons(spec, streams, window, checks[0], len(weights))
-    notes = _notes(checks, window, inside, slo["slo_judged"], bool(manifest.get("driver_shares_host")))
+    notes = _assumed_words(spec, throughput)
+    notes += _notes(checks, window, inside, slo["slo_judged"], bool(manifest.get("driver_shares_host")))
     return summary.Stage(
         **_identity(spec, span, recording),
         verdict=_verdict(voids, withheld, [*found.notes, *notes, *driver.notes]),

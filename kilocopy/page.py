@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from kilocopy import report
 from kilocopy.figures import Figure, figures
 from kilocopy.report import DASH, band, counted, from_spec, interval, latency, load_label, money, number, percent, place, seconds, times
-from kilocopy.summary import Cost, Ratio, Stage, Summary
+from kilocopy.summary import Cost, Ratio, Stage, Summary, Throughput
 
 HUMANS = {
     "238": "read at 238 words/min",
@@ -103,6 +103,7 @@ def render_html(summary: Summary) -> str:
         prices=[_price(price) for price in summary.prices],
         conditions=_conditions(summary),
         rules=_rules(summary),
+        pages_rest="at an assumed number of words per output token, since the text means nothing" if report.assumed_words(summary) else "of the decoded text, counted, not assumed from tokens",
         spec=json.dumps(summary.run["spec"], indent=2, sort_keys=True) if summary.run.get("spec") else "",
         figures_json=Markup(figures_json(drawn)),  # noqa: S704  # escaped in figures_json
         plotly=Markup(plotly),  # noqa: S704  # our dependency's own file
@@ -137,9 +138,9 @@ def _cards(summary: Summary) -> list[dict[str, str]]:
     return [
         _slo_card(summary, stage),
         _card("output tokens/s", value, spread, at, "measured"),
-        _card("pages/hour", number(through.pages_per_hour), f"{summary.page_words} words each", at, "measured"),
-        _cost_card(cost, at, report.pages_unit(summary)),
-        _energy_card(cost, at),
+        _card("pages/hour", number(through.pages_per_hour), f"{summary.page_words} words each", at, report.words_source(through)),
+        _cost_card(cost, at, report.pages_unit(summary), through),
+        _energy_card(cost, at, through),
     ]
 
 
@@ -167,8 +168,8 @@ def _held(stage: Stage) -> str:
     return f"{percent(held)} of the streams held the SLO" if held is not None else "held the SLO"
 
 
-def _cost_card(cost: Cost | None, at: str, pages: int) -> dict[str, str]:
-    """Money for a page, or for so many: measured pages at stated prices."""
+def _cost_card(cost: Cost | None, at: str, pages: int, through: Throughput) -> dict[str, str]:
+    """Money for a page, or for so many, at stated prices."""
     unit = "per page" if pages == 1 else f"per {pages:,} pages"
     if cost is None or cost.usd_per_page is None:
         return _card("$/page", DASH, "this stage has no price", at, "not priced")
@@ -176,10 +177,15 @@ def _cost_card(cost: Cost | None, at: str, pages: int) -> dict[str, str]:
     parts = (interval(usd.low, usd.high, money), f"{each} a page" if pages > 1 else "")
     energy = {"measured": "energy measured", "assumed": "energy assumed", "not_measured": "energy not measured"}[cost.energy_source]
     source = "stated rent" if cost.hardware_kind == "rented" else f"stated prices, {energy}"
-    return _card(f"{unit}, {cost.hardware_kind}", money(usd.mid), "; ".join(filter(None, parts)), at, source)
+    return _card(f"{unit}, {cost.hardware_kind}", money(usd.mid), "; ".join(filter(None, parts)), at, _paged(source, through))
 
 
-def _energy_card(cost: Cost | None, at: str) -> dict[str, str]:
+def _paged(source: str, through: Throughput) -> str:
+    """What a figure per page rests on: its own source, and assumed pages where they are."""
+    return source if through.words_source == "counted" else f"{source}; pages assumed"
+
+
+def _energy_card(cost: Cost | None, at: str, through: Throughput) -> dict[str, str]:
     """Energy for a page, or that nothing measured it."""
     if cost is None or cost.wh_per_page is None:
         return _card("Wh/page", DASH, "no meter was read and no power was stated", at, "not measured")
@@ -187,7 +193,7 @@ def _energy_card(cost: Cost | None, at: str) -> dict[str, str]:
     detail = "; ".join(
         part for part in (interval(wh.low, wh.high), f"boundary: {cost.energy_boundary}" if cost.energy_boundary else "") if part
     )
-    return _card("Wh/page", number(wh.mid), detail, at, report.SOURCES[cost.energy_source])
+    return _card("Wh/page", number(wh.mid), detail, at, _paged(report.SOURCES[cost.energy_source], through))
 
 
 def _stage(stage: Stage, pages: int, shared: set[str]) -> dict[str, Any]:

@@ -206,6 +206,9 @@ def cost(spec: Spec, stage: Stage, meters: Meters) -> Cost | None:
     def each(total: Figure | None, count: float) -> Band | None:
         return banded(lambda corner: total(corner) / count) if total is not None and count > 0 else None
 
+    def each_page(total: Figure | None) -> Band | None:
+        return each((lambda corner: total(corner) * _words_share(spec, corner)) if total is not None else None, pages)
+
     def hardware_usd(corner: Corner) -> float:
         return usd_per_device_hour(spec, corner) * device_hours
 
@@ -215,7 +218,7 @@ def cost(spec: Spec, stage: Stage, meters: Meters) -> Cost | None:
     def all_usd(corner: Corner) -> float:
         return hardware_usd(corner) + (power_usd(corner) if owned else 0.0)
 
-    j_per_page, usd_per_page = each(used.facility_j, pages), each(all_usd, pages)
+    j_per_page, usd_per_page = each_page(used.facility_j), each_page(all_usd)
     return Cost(
         energy_source=used.source,
         energy_boundary=used.boundary,
@@ -223,14 +226,23 @@ def cost(spec: Spec, stage: Stage, meters: Meters) -> Cost | None:
         wh_per_page=scaled(j_per_page, 1 / 3600) if j_per_page else None,
         j_per_output_token=each(used.facility_j, tokens),
         pages_per_kwh=inverse(j_per_page, J_PER_KWH) if j_per_page else None,
-        electricity_usd_per_page=each(power_usd, pages) if used.facility_j else None,
-        hardware_usd_per_page=each(hardware_usd, pages),
+        electricity_usd_per_page=each_page(power_usd) if used.facility_j else None,
+        hardware_usd_per_page=each_page(hardware_usd),
         usd_per_page=usd_per_page,
         usd_per_m_output_tokens=each(lambda corner: all_usd(corner) * 1e6, tokens),
         pages_per_usd=inverse(usd_per_page) if usd_per_page else None,
         hardware_kind=spec.prices.hardware.kind,
         sentence=_cost_sentence(spec, used, stage),
     )
+
+
+def _words_share(spec: Spec, corner: Corner) -> float:
+    """What a page costs at one end of the assumed words per token, over what it costs at their value: more words a token, fewer tokens a page."""
+    words = spec.page.words_per_token
+    if words is None:
+        return 1.0
+    other: Corner = {"mid": "mid", "low": "high", "high": "low"}[corner]  # type: ignore[assignment]  # the literals beside it
+    return words.value / max(at(words, other), 1e-12)
 
 
 def _cost_sentence(spec: Spec, used: Energy, stage: Stage) -> str:
@@ -247,6 +259,8 @@ def _cost_sentence(spec: Spec, used: Energy, stage: Stage) -> str:
     if stage.throughput and stage.throughput.output_tokens:
         mix = f" For each output token {stage.throughput.prompt_tokens / stage.throughput.output_tokens:.2g} prompt tokens were read."
     unpaged = "" if stage.throughput and stage.throughput.pages else " Words were not counted, so nothing is said per page."
+    if words := spec.page.words_per_token:
+        unpaged = f" Pages are assumed, at {words.value:g} words per token ({words.source})."
     return f"{priced} {used.sentence}{mix}{unpaged}"
 
 
@@ -262,6 +276,7 @@ def prices_used(spec: Spec) -> list[dict[str, Any]]:
         ("electricity_usd_per_kwh", prices.electricity_usd_per_kwh, "$/kWh"),
         ("pue", prices.pue, "facility J / IT J"),
         ("assumed_power_w", prices.assumed_power_w, "W"),
+        ("words_per_token", spec.page.words_per_token, "words per output token"),
     ]
     if isinstance(training := spec.model.training, PublishedTraining):
         stated += [("training_usd", training.usd, "$"), ("training_usd_per_gpu_hour", training.usd_per_gpu_hour, "$/h")]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kilocopy.summary import Band, Check, Estimate, Percentiles, Ratio, Search, Stage, Summary
+from kilocopy.summary import Band, Check, Estimate, Percentiles, Ratio, Search, Stage, Summary, Throughput
 
 DASH = "–"
 WIDTH = 120
@@ -152,8 +152,21 @@ def latency(stage: Stage, which: str, points: tuple[str, ...] = ("p50", "p99")) 
 
 def latency_row(stage: Stage) -> list[str]:
     """p50 / p90 / p99 of each of LATENCIES, then words per token."""
-    words = stage.throughput.words_per_token if stage.throughput else None
-    return [*(latency(stage, which, ("p50", "p90", "p99")) for which in LATENCIES), number(words)]
+    through = stage.throughput
+    words = number(through.words_per_token if through else None)
+    if through and through.words_source == "assumed":
+        words += " (assumed)"
+    return [*(latency(stage, which, ("p50", "p90", "p99")) for which in LATENCIES), words]
+
+
+def assumed_words(summary: Summary) -> bool:
+    """Whether pages rest on an assumed number of words per token."""
+    return any(stage.throughput and stage.throughput.words_source == "assumed" for stage in summary.stages)
+
+
+def words_source(through: Throughput) -> str:
+    """What pages rest on: `measured` where words were counted, else `assumed words per token`."""
+    return "measured" if through.words_source == "counted" else "assumed words per token"
 
 
 def errors(stage: Stage) -> str:
@@ -267,7 +280,8 @@ def _legend(summary: Summary) -> str:
     unit = f"{_MONEY_HEADS[pages]} is $ per {pages:,} pages. " if pages > 1 else ""
     means = "N_run: time-mean of copies in flight, driver / servers. TTFT, TPOT: p50 / p99."
     timed = " In open loop (asked: requests/s) TTFT counts from the planned time, and errors hold dropped arrivals." if open_loop(summary) else ""
-    return f"{means}{timed} {unit}A page is {summary.page_words} words."
+    assumed = ", at an assumed number of words per token" if assumed_words(summary) else ""
+    return f"{means}{timed} {unit}A page is {summary.page_words} words{assumed}."
 
 
 def open_loop(summary: Summary) -> bool:

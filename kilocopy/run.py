@@ -114,7 +114,7 @@ def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, sh
 @contextlib.contextmanager
 def power_meter(run_dir: Path) -> Iterator[None]:
     """The power meter of this host, which serves too, in a process of its own, for the time of a `with` block."""
-    environment = os.environ | {"PYTHONPATH": str(manifest.CHECKOUT)}
+    environment = os.environ | {"PYTHONPATH": manifest.search_path()}
     with (run_dir / "power.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.power", str(run_dir)],

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from kilocopy.manifest import CHECKOUT
+from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.problem import ProblemError
 from kilocopy.spec import CpuReplica, Spec
 
@@ -134,7 +134,7 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
         raise ProblemError(f"{directory}: cannot be written ({error.strerror}); set KILOCOPY_STATE to a directory that can") from None
     mark = uuid.uuid4().hex
     (directory / "mark").write_text(mark)
-    environment = os.environ | {MARK: mark, "PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {MARK: mark, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
     with log:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.serve", str(directory)], cwd=Path.cwd(), env=environment, stdin=subprocess.DEVNULL,

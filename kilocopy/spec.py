@@ -290,6 +290,11 @@ class Sampling(Strict):
 
     temperature: NonNegative = 1.0
     top_p: OpenFraction = 1.0
+    seeded: bool = Field(
+        default=False,
+        description="Each request carries a seed of its own, worked out from workload.seed. vLLM draws the tokens of seeded requests one request after another, "
+        "which costs it time that plain traffic does not.",
+    )
 
 
 class Timeouts(Strict):
@@ -482,6 +487,17 @@ class Page(Strict):
     """A page of decoded output text, counted in words."""
 
     words: Count = 500
+    words_per_token: Quoted | None = Field(
+        default=None,
+        description="Assumed words of text per output token, for a model whose text means nothing (random weights). Pages and what is priced by them "
+        "are then marked assumed; the words that were counted stand beside. Without it words are counted.",
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> Page:
+        if self.words_per_token is not None and not self.words_per_token.value:
+            raise ValueError("words_per_token is 0: no page would ever be full")
+        return self
 
 
 class Owned(Strict):
@@ -532,6 +548,15 @@ class Spec(Strict):
     slo: Slo = Slo()
     page: Page = Page()
     prices: Prices
+
+    @model_validator(mode="after")
+    def _words(self) -> Spec:
+        if self.cluster.engine.get("load_format") == "dummy" and self.page.words_per_token is None:
+            raise ValueError(
+                "cluster.engine.load_format: dummy fills the weights at random, and the words of such a model are none to count: "
+                "state page.words_per_token with its source (0.75 is usual for English)"
+            )
+        return self
 
     @property
     def sha256(self) -> str:

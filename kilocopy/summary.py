@@ -118,7 +118,9 @@ class Throughput(Frozen):
     output_tokens_per_s_per_copy: float | None  # total over n_run_client
     output_tokens_per_s_per_device: float
     output_tokens_per_s_per_replica: float
-    words_per_token: float | None  # measured on decoded text
+    words_per_token: float | None  # what pages are made of: counted on decoded text, or assumed
+    words_per_token_counted: float | None = None  # counted on decoded text, also where pages rest on an assumption
+    words_source: Literal["counted", "assumed"] = "counted"
     words_per_s: float | None
     pages: float | None
     pages_per_hour: float | None

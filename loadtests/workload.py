@@ -73,8 +73,9 @@ class Workload:
         asked = {
             **({"messages": messages} if self._spec.workload.endpoint == "chat" else {"prompt": _as_one_text(messages)}),
             "max_tokens": self._lengths(index) if length is None else length,
-            "seed": schedule.request_seed(self._seed, stage, level, copy, sequence),
         }
+        if self._spec.workload.sampling.seeded:
+            asked["seed"] = schedule.request_seed(self._seed, stage, level, copy, sequence)
         return json.dumps({**self._fixed, **asked}).encode()
 
     def _conversation(self, numbers: Sequence[int], history: Sequence[str]) -> list[Message]:

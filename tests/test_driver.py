@@ -123,7 +123,7 @@ def test_the_same_spec_asks_the_same(tmp_path: Path, started: list[Drive]) -> No
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         with Server("ok", tokens=2, itl_s=0) as server:
-            started.append(drive := Drive(tmp_path / name, server.url, spec({"copies": 2, "requests": 3, "ramp_s": 0}, endpoint="chat")))
+            started.append(drive := Drive(tmp_path / name, server.url, spec({"copies": 2, "requests": 3, "ramp_s": 0}, endpoint="chat", sampling={"seeded": True})))
             assert drive.wait() == 0, drive.err
         by_seed = {request["seed"]: request for request in server.requests}
         asked.append([by_seed[schedule.request_seed(1, 0, 0, copy, 0)] for copy in (0, 1)])
