@@ -35,7 +35,7 @@ types: setup ## mypy, strict
 	@$(BIN)/mypy
 
 lock: setup ## recompile the pinned requirements from requirements/*.in
-	@bash requirements/lock.sh $(BIN)/uv
+	@bash requirements/lock.sh $(CURDIR)/$(BIN)/uv
 
 clean: ## remove the virtual environment, caches and the trained model (runs/ stays)
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -207,6 +207,27 @@ def render_command(
         typer.echo(path)
 
 
+@boards.command("push")
+def push_command(
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", help="The Grafana; GRAFANA_URL by default.")] = None,
+    prometheus: Annotated[str | None, typer.Option("--prometheus", metavar="URL", help="Make the data source too: where Grafana reaches Prometheus.")] = None,
+) -> None:  # fmt: skip
+    """Put the dashboards into a Grafana, with the token of GRAFANA_TOKEN. What is the same there stays untouched."""
+    from kilocopy import grafana  # noqa: PLC0415  its HTTP library takes longer to load than most commands to run
+
+    address = url or os.environ.get(grafana.URL)
+    if not address:
+        raise ProblemError("which Grafana? Give --url, or set GRAFANA_URL")
+    there = grafana.Grafana(address)
+    typer.echo(f"Grafana {there.version()} at {there.url}")
+    done = []
+    for pushed in grafana.push(there, prometheus):
+        done.append(pushed.change)
+        typer.echo(f"  {pushed.what}: {pushed.change}" + (f"  ({pushed.more})" if pushed.more else ""))
+    changed = sum(change in {"created", "updated"} for change in done)
+    typer.echo(f"{changed} of {len(done)} changed" if changed else "nothing changed")
+
+
 @app.command("doctor")
 def doctor_command() -> None:
     """Say what this machine can do, and what to mend."""

@@ -23,5 +23,7 @@ for link in ${links//,/ }; do
 done
 echo "setup: installing the pinned versions (torch $torch from ${UV_FIND_LINKS:-"PyTorch's CPU index"})" >&2
 export VIRTUAL_ENV=$venv UV_LINK_MODE=${UV_LINK_MODE:-hardlink}
-"$venv/bin/uv" pip install -q "${from[@]}" --override requirements/overrides.txt -r requirements/cpu.txt
+# grafana-client's HTTP library brings its own urllib3, and takes the place of everybody's unless it is built otherwise.
+export URLLIB3_NO_OVERRIDE=1
+"$venv/bin/uv" pip install -q "${from[@]}" --no-binary urllib3-future --override requirements/overrides.txt -r requirements/cpu.txt
 "$venv/bin/uv" pip install -q --no-deps -e .
