@@ -177,6 +177,20 @@ def check_command(
     raise typer.Exit(check.command(run_dirs, against, tolerance or ["0.05"], clearly=clearly, xml=junit))
 
 
+@app.command("watch")
+def watch_command(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run directory; the newest in --runs, or the next one, where none is named.")] = None,
+    runs: RunsDir = Path("runs"),
+    terminal: Annotated[bool, typer.Option("--terminal", help="In the terminal only; start nothing.")] = False,
+    prometheus_port: Annotated[int | None, typer.Option("--prometheus-port", min=1, max=65535, help="On loopback; 9090, or a free one.")] = None,
+    grafana_port: Annotated[int | None, typer.Option("--grafana-port", min=1, max=65535, help="On loopback; 3000, or a free one.")] = None,
+) -> None:  # fmt: skip
+    """Watch the run that is going on: Prometheus and Grafana where they are installed, and the terminal. Ctrl-C ends what was started for it."""
+    from kilocopy.watch import watch  # noqa: PLC0415  with all that the terminal view needs
+
+    watch(run_dir, runs, terminal=terminal, prometheus_port=prometheus_port, grafana_port=grafana_port)
+
+
 @app.command("faults")
 def faults_command(
     mode: Annotated[str, typer.Argument(metavar="MODE", help="How to answer: " + ", ".join(faults.modes()) + ".")] = "ok",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,16 @@ DRIVER = Dashboard(
 )  # fmt: skip
 
 DASHBOARDS = (COPIES, REPLICAS, HARDWARE, DRIVER)
+
+
+def panel(uid: str, title: str) -> Panel:
+    """A panel by its dashboard and its title."""
+    return next(panel for board in DASHBOARDS if board.uid == uid for panel in board.panels if panel.title == title)
+
+
+def filled(expr: str, values: Mapping[str, str]) -> str:
+    """A query with its variables filled in, as Grafana does: `values` are regular expressions by the variables' names."""
+    return re.sub(r"\$(\w+)", lambda found: values[found[1]].replace("\\", "\\\\").replace('"', '\\"'), expr)
 
 
 def variables() -> list[dict[str, Any]]:

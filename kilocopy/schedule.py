@@ -36,7 +36,7 @@ from kilocopy.spec import (
 )
 from kilocopy.traces import Shape
 
-__all__ = ["Arrival", "ClosedPlan", "CopyStart", "OpenPlan", "Plan", "Shape", "plan"]
+__all__ = ["Arrival", "ClosedPlan", "CopyStart", "OpenPlan", "Plan", "Shape", "length_s", "plan"]
 
 Floats = npt.NDArray[np.float64]
 LEVELS_MAX = 1000
@@ -122,6 +122,15 @@ def plain(spec: Spec, index: int, load: float | None = None) -> PlainStage:
     if load is None:
         raise ValueError(f"stage {index} is a search: its plan needs a load")
     return stage.at(load)
+
+
+def length_s(stage: PlainStage | SearchStage) -> float | None:
+    """Seconds from a stage's start until it stops asking; None where that is not known beforehand."""
+    if isinstance(stage, SearchStage) or stage.duration_s is None:
+        return None
+    if isinstance(stage, TraceStage):
+        return stage.duration_s / stage.speed
+    return stage.duration_s + stage.warmup_s + (stage.ramp_s if isinstance(stage, ClosedStage) else 0.0)
 
 
 def starts_s(copies: int, ramp_s: float, seed: int) -> list[float]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import gevent
 
-from kilocopy import search
+from kilocopy import schedule, search
 from kilocopy.records import Events
 from kilocopy.search import Level
-from kilocopy.spec import ClosedStage, PlainStage, SearchStage, Spec, TraceStage
+from kilocopy.spec import ClosedStage, PlainStage, SearchStage, Spec
 from loadtests.player import Report
 from loadtests.team import Alone, Workers, streams_of
 
@@ -95,7 +94,7 @@ class Conductor:
         """Seconds until the run's end without drains; None where a stage ahead has no fixed length."""
         total_s = 0.0
         for stage in self._spec.stages[self._index :]:
-            length_s = length_of(stage)
+            length_s = schedule.length_s(stage)
             if length_s is None:
                 return None
             total_s += length_s + self._settle_s
@@ -123,12 +122,3 @@ def share_of_users(stage: PlainStage, workers: int) -> int:
 def _first(spec: Spec) -> PlainStage:
     stage = spec.stages[0]
     return stage.at(stage.start) if isinstance(stage, SearchStage) else stage
-
-
-def length_of(stage: Any) -> float | None:
-    """Seconds from a stage's start until it stops asking; None where that is not known beforehand."""
-    if isinstance(stage, SearchStage) or stage.duration_s is None:
-        return None
-    if isinstance(stage, TraceStage):
-        return float(stage.duration_s / stage.speed)
-    return float(stage.duration_s + stage.warmup_s + (stage.ramp_s if isinstance(stage, ClosedStage) else 0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kilocopy import rules
+from kilocopy import live, promql, rules
 
 pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian's package prometheus)")
 
@@ -74,6 +75,47 @@ def promtool(tmp_path: Path, series: Series, wanted: Wanted, at: str = "2m", ale
     (tmp_path / "test.yaml").write_text(json.dumps(document))  # JSON is YAML
     done = subprocess.run(["promtool", "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    terminal(series, wanted, at, alerts or [])
+
+
+def terminal(series: Series, wanted: Wanted, at: str, alerts: list[dict[str, Any]]) -> None:
+    """The same series, numbers and alerts to what the terminal view works out by itself (kilocopy/live.py): it must not differ."""
+    points = {name: expanded(values) for name, values in series.items()}
+    for time_s in sorted({seconds(at), *(seconds(each["eval_time"]) for each in alerts)}):
+        samples = promql.Samples()
+        group = live.RuleGroup(samples)
+        for step in range(time_s // 5 + 1):
+            for name, values in points.items():
+                if step < len(values) and values[step] is not None:
+                    metric, _, labels = name.removesuffix("}").partition("{")
+                    samples.add(metric, frozenset(re.findall(r'(\w+)="([^"]*)"', labels)), 5 * step, values[step])
+            group.step(5 * step)
+        assert group.failed == {}
+        if time_s == seconds(at):
+            for expr, expected in wanted.items():
+                found = {labels: round(SCALE * value) for labels, value in promql.evaluate(expr, samples, time_s).items()}
+                assert found == {frozenset(labels.items()): round(SCALE * value) for labels, value in expected}, expr
+        for each in alerts:
+            if seconds(each["eval_time"]) == time_s:
+                said = [(fired.labels | {"severity": fired.severity}, fired.said) for fired in group.alerts if fired.fires and fired.name == each["alertname"]]
+                assert said == [(fires["exp_labels"], fires["exp_annotations"]["summary"]) for fires in each["exp_alerts"]]
+
+
+def seconds(duration: str) -> int:
+    return sum(int(number) * {"s": 1, "m": 60}[unit] for number, unit in re.findall(r"(\d+)([sm])", duration))
+
+
+def expanded(notation: str) -> list[float]:
+    """promtool's short form of a series: `a+bxn` and `axn` are n + 1 values."""
+    values: list[float] = []
+    for part in notation.split():
+        if part == "stale":
+            values.append(promql.STALE)
+        elif repeated := re.fullmatch(r"([\d.]+)(?:\+([\d.]+))?x(\d+)", part):
+            values += [float(repeated[1]) + n * float(repeated[2] or 0) for n in range(int(repeated[3]) + 1)]
+        else:
+            values.append(float(part))
+    return values
 
 
 def test_the_committed_file_is_as_described_and_prometheus_reads_it() -> None:
