@@ -122,6 +122,8 @@ def _instant(selector: Any, samples: Samples, time_s: float) -> Vector:
 
 def _range(node: Any, samples: Samples, time_s: float) -> Iterable[tuple[Labels, list[float], list[float]]]:
     """Times and values of each series in (time_s - range, time_s], without stale markers."""
+    if not isinstance(node, pp.MatrixSelector):
+        raise NotImplementedError(node.prettify())
     start_s = time_s - node.range.total_seconds()
     for labels, times_s, values in _selected(node.vector_selector, samples):
         first, last = bisect_right(times_s, start_s), bisect_right(times_s, time_s)

@@ -1,5 +1,7 @@
 """Starts Prometheus and Grafana for one run, and stops them: loopback only, nothing sent anywhere, data in the run directory.
 
+By docker compose where an engine works, else from the PATH.
+
     RUN/watch/prometheus/, RUN/watch/grafana/     configuration (kilocopy/provision.py)
     RUN/watch/data/                               what they store, and their logs
 
@@ -21,16 +23,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from kilocopy import provision
 from kilocopy.ongoing import Ongoing
 from kilocopy.problem import ProblemError
 
-READY_S = 60.0
 STOP_S = 20.0
+PULL_S = 600.0  # an engine may have to fetch the images first
+IMAGES = {"prometheus": "prom/prometheus:v3.5.0", "grafana": "grafana/grafana:12.2.0"}
+SECRET = "GF_SECURITY_ADMIN_PASSWORD"  # noqa: S105  a name
 PROMETHEUS_MIN = (2, 26)  # last_over_time
 GRAFANA_MIN = (10, 0)  # the dashboards' schema
 PORTS = {"prometheus": 9090, "grafana": 3000}
@@ -46,31 +51,125 @@ def _folder(run: Ongoing) -> Path:
     return run.run_dir.resolve() / "watch"
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is started: its name for the user, its command, what its environment has beside ours, and the pages that say it is ready."""
+
+    name: str
+    command: Sequence[str]
+    ready: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ready_s: float = 60.0
+    after: Sequence[str] = ()  # a command that clears up once it has ended
+
+
 @contextlib.contextmanager
 def start(run: Ongoing, prometheus_port: int | None, grafana_port: int | None) -> Iterator[tuple[str, ...]]:
-    """Prometheus and Grafana, where they are on the PATH, for the time of a `with` block; yields what to tell the user, a line each.
+    """Prometheus and Grafana for the time of a `with` block, by docker compose or from the PATH; yields what to tell the user, a line each.
 
-    Nothing, where there is no Prometheus: a Grafana alone shows nothing. Raises ProblemError, in one sentence, where one cannot start.
+    Nothing, where there is neither an engine nor a Prometheus: a Grafana alone shows nothing. Raises ProblemError, in one sentence,
+    where one cannot start.
     """
-    prometheus, grafana = shutil.which("prometheus"), shutil.which("grafana")
-    if prometheus is None:
+    engine = working_engine()
+    if engine is None and shutil.which("prometheus") is None:
         yield ()
         return
-    folder = _folder(run)
-    ports = {"prometheus": port_for("prometheus", prometheus_port), "grafana": port_for("grafana", grafana_port)}
-    urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-    paths = provision.render(folder, provision.of_run(run.run_dir), prometheus_url=urls["prometheus"])
+    place = Place(run, _folder(run), port_for("prometheus", prometheus_port), port_for("grafana", grafana_port))
+    place.render()
+    programs = [composed(engine, place)] if engine else installed(place)
+    said = [f"Prometheus  {place.url('prometheus')}/graph    alerts  {place.url('prometheus')}/alerts"]
+    if engine or len(programs) > 1:
+        said.insert(0, f"Grafana     {place.url('grafana')}/d/kilocopy-copies?var-run={run.id}&from=now-15m&to=now&refresh=5s")
     with contextlib.ExitStack() as stack:
-        _demand("prometheus", prometheus, PROMETHEUS_MIN)
-        command = prometheus_command(prometheus, paths["prometheus"], folder / "data" / "prometheus", ports["prometheus"])
-        stack.enter_context(_running(Program("prometheus", command, {}, f"{urls['prometheus']}/-/ready"), folder / "data"))
-        said = [f"Prometheus  {urls['prometheus']}/graph    alerts  {urls['prometheus']}/alerts"]
-        if grafana is not None:
-            _demand("grafana", grafana, GRAFANA_MIN)
-            program = Program("grafana", grafana_command(grafana), grafana_settings(folder, paths["grafana"], ports["grafana"]), f"{urls['grafana']}/api/health")
-            stack.enter_context(_running(program, folder / "data"))
-            said.insert(0, f"Grafana     {urls['grafana']}/d/kilocopy-copies?var-run={run.id}&from=now-15m&to=now&refresh=5s")
+        for program in programs:
+            stack.enter_context(_running(program, place.data))
         yield tuple(said)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where it all goes: the folder in the run directory, and the ports on loopback."""
+
+    run: Ongoing
+    folder: Path
+    prometheus: int
+    grafana: int
+
+    @property
+    def data(self) -> Path:
+        """What the two store, and their logs."""
+        return self.folder / "data"
+
+    def url(self, name: str) -> str:
+        """The address of one of them."""
+        return f"http://127.0.0.1:{getattr(self, name)}"
+
+    def render(self) -> None:
+        """Write the configuration. Raises ProblemError."""
+        provision.render(self.folder, provision.of_run(self.run.run_dir), prometheus_url=self.url("prometheus"))
+
+    @property
+    def ready(self) -> dict[str, str]:
+        """The page of each that says it is ready."""
+        return {"prometheus": f"{self.url('prometheus')}/-/ready", "grafana": f"{self.url('grafana')}/api/health"}
+
+
+def installed(place: Place) -> list[Program]:
+    """The programs from the PATH: Prometheus, and Grafana where it is there. Raises ProblemError for versions that are too old."""
+    prometheus, grafana = shutil.which("prometheus"), shutil.which("grafana")
+    assert prometheus is not None  # noqa: S101
+    _demand("prometheus", prometheus, PROMETHEUS_MIN)
+    programs = [Program("prometheus", [prometheus, *prometheus_options(place)], [place.ready["prometheus"]])]
+    if grafana is not None:
+        _demand("grafana", grafana, GRAFANA_MIN)
+        programs.append(Program("grafana", grafana_command(grafana), [place.ready["grafana"]], grafana_settings(place)))
+    return programs
+
+
+# --------------------------------------------------------------------------------------------------------- docker compose
+
+
+def working_engine() -> str | None:
+    """The docker command, where compose and an engine answer it. On Linux only: elsewhere a container does not share the host's loopback."""
+    docker = shutil.which("docker")
+    if docker is None or sys.platform != "linux":
+        return None
+    for question in (["compose", "version"], ["info"]):
+        try:
+            if subprocess.run([docker, *question], capture_output=True, timeout=20, check=False).returncode != 0:
+                return None
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+    return docker
+
+
+def composed(docker: str, place: Place) -> Program:
+    """Both in containers, which see the host's loopback and the run directory under its own name: the configuration is the same."""
+    for name in ("prometheus", "grafana"):  # made by us and not by the engine, whose they would be
+        (place.data / name).mkdir(parents=True, exist_ok=True)
+    settings = grafana_settings(place)
+    file = place.folder / "compose.yaml"
+    provision.write(place.folder, {file.name: provision.yaml_text(compose_document(place, settings))})
+    project = "kilocopy-" + re.sub(r"[^a-z0-9_-]", "-", place.run.id.lower())
+    command = [docker, "compose", "-p", project, "-f", str(file)]
+    secret = {SECRET: settings[SECRET]}
+    return Program("docker compose", [*command, "up"], [*place.ready.values()], secret, PULL_S, [*command, "down"])
+
+
+def compose_document(place: Place, settings: Mapping[str, str]) -> dict[str, Any]:
+    """compose.yaml; Grafana's password comes from the environment, not from the file."""
+    user, run_dir = f"{os.getuid()}:{os.getgid()}", place.run.run_dir.resolve()
+    common = {"network_mode": "host", "user": user, "volumes": [f"{run_dir}:{run_dir}"]}
+    shown = {name: value for name, value in settings.items() if name != SECRET}
+    return {
+        "services": {
+            "prometheus": {"image": IMAGES["prometheus"], "command": prometheus_options(place), **common},
+            "grafana": {"image": IMAGES["grafana"], "environment": {**shown, SECRET: None}, **common},
+        }
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- what they are told
 
 
 def port_for(name: str, asked: int | None) -> int:
@@ -99,9 +198,10 @@ def _demand(name: str, binary: str, least: tuple[int, int]) -> None:
         raise ProblemError(f"{binary}: version {found[1]}.{found[2]} is too old, {least[0]}.{least[1]} is needed; use --terminal, or install a newer one")
 
 
-def prometheus_command(binary: str, config: Path, data: Path, port: int) -> list[str]:
+def prometheus_options(place: Place) -> list[str]:
     """The command line: loopback, its own data, kept until somebody deletes the run."""
-    return [binary, f"--config.file={config}", f"--storage.tsdb.path={data}", f"--web.listen-address=127.0.0.1:{port}",
+    config, data = place.folder / "prometheus" / "prometheus.yml", place.data / "prometheus"
+    return [f"--config.file={config}", f"--storage.tsdb.path={data}", f"--web.listen-address=127.0.0.1:{place.prometheus}",
             "--storage.tsdb.retention.time=10y"]  # fmt: skip
 
 
@@ -112,11 +212,11 @@ def grafana_command(binary: str) -> list[str]:
     return [binary, "server", f"--homepath={home}"]
 
 
-def grafana_settings(folder: Path, provisioning: Path, port: int) -> dict[str, str]:
+def grafana_settings(place: Place) -> dict[str, str]:
     """Grafana's settings, as its environment: everybody on this host may look, nobody may log in, nothing is asked of any other host."""
-    data = folder / "data" / "grafana"
+    data, provisioning = place.data / "grafana", place.folder / "grafana" / "provisioning"
     sections = {
-        "server": {"http_addr": "127.0.0.1", "http_port": str(port)},
+        "server": {"http_addr": "127.0.0.1", "http_port": str(place.grafana)},
         "paths": {"data": str(data), "logs": str(data / "log"), "plugins": str(data / "plugins"), "provisioning": str(provisioning)},
         "auth.anonymous": {"enabled": "true", "org_role": "Viewer"},
         "auth": {"disable_login_form": "true"},
@@ -132,21 +232,11 @@ def grafana_settings(folder: Path, provisioning: Path, port: int) -> dict[str, s
         "news": {"news_feed_enabled": "false"},
         "plugins": {"preinstall_disabled": "true", "public_key_retrieval_disabled": "true", "plugin_admin_enabled": "false"},
         "snapshots": {"external_enabled": "false"},
-        "dashboards": {"default_home_dashboard_path": str(folder / "grafana" / "dashboards" / "copies.json")},
+        "dashboards": {"default_home_dashboard_path": str(place.folder / "grafana" / "dashboards" / "copies.json")},
     }
     return {
         f"GF_{section.upper().replace('.', '_')}_{key.upper()}": value for section, keys in sections.items() for key, value in keys.items()
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What is started: its name for the user, its command, what its environment has beside ours, and the page that says it is ready."""
-
-    name: str
-    command: Sequence[str]
-    environment: Mapping[str, str]
-    ready: str
 
 
 @contextlib.contextmanager
@@ -171,6 +261,8 @@ def _running(program: Program, data: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if program.after:
+            subprocess.run(program.after, env=_environment() | dict(program.environment), capture_output=True, timeout=60, check=False)
 
 
 def _environment() -> dict[str, str]:
@@ -185,15 +277,17 @@ def _die_with_parent() -> None:
 
 
 def _until_ready(program: Program, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + READY_S
-    while time.monotonic() < deadline_s:
+    deadline_s, left = time.monotonic() + program.ready_s, list(program.ready)
+    while left:
         if process.poll() is not None:
             raise ProblemError(f"{program.name}: could not start: {_cause(log)}; its log: {log}")
-        with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(program.ready, timeout=2) as answer:  # noqa: S310
+        if time.monotonic() > deadline_s:
+            raise ProblemError(f"{program.name}: not ready after {program.ready_s:g} s ({left[0]} does not answer); its log: {log}")
+        with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(left[0], timeout=2) as answer:  # noqa: S310
             if answer.status == 200:
-                return
+                left.pop(0)
+                continue
         time.sleep(0.2)
-    raise ProblemError(f"{program.name}: not ready after {READY_S:g} s; its log: {log}")
 
 
 def _cause(log: Path) -> str:

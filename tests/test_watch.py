@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from kilocopy import manifest, ongoing, records, viewers
 from kilocopy.live import Live
@@ -212,7 +213,8 @@ def script(folder: Path, name: str, body: str) -> None:
 )  # fmt: skip
 def test_a_prometheus_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str) -> None:
     script(tmp_path, "prometheus", body)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(viewers, "working_engine", lambda: None)
     with pytest.raises(ProblemError, match=re.escape(said)), viewers.start(Ongoing(begun(tmp_path)), None, None):
         pass
 
@@ -228,14 +230,59 @@ def test_a_port_in_use_is_one_sentence_and_the_usual_one_gives_way(monkeypatch: 
         assert viewers.port_for("grafana", None) not in {0, port}
 
 
+def place(tmp_path: Path) -> viewers.Place:
+    run = Ongoing(begun(tmp_path))
+    made = viewers.Place(run, run.run_dir.resolve() / "watch", 9090, 3000)
+    made.render()
+    return made
+
+
+def test_grafana_listens_on_loopback_lets_everybody_look_and_asks_nobody(tmp_path: Path) -> None:
+    settings = viewers.grafana_settings(place(tmp_path))
+    assert settings["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    assert (settings["GF_AUTH_ANONYMOUS_ENABLED"], settings["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
+    quiet = ("ANALYTICS_REPORTING_ENABLED", "ANALYTICS_CHECK_FOR_UPDATES", "ANALYTICS_CHECK_FOR_PLUGIN_UPDATES", "NEWS_NEWS_FEED_ENABLED")
+    assert {settings[f"GF_{name}"] for name in quiet} == {"false"}
+    assert settings["GF_SECURITY_DISABLE_GRAVATAR"] == settings["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+    assert len(settings[viewers.SECRET]) > 20
+    assert json.loads(Path(settings["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]).read_text())["uid"] == "kilocopy-copies"
+
+
+def test_containers_get_the_same_configuration_on_loopback_and_no_file_has_the_password(tmp_path: Path) -> None:
+    here = place(tmp_path)
+    program = viewers.composed("/usr/bin/docker", here)
+    text = (here.folder / "compose.yaml").read_text()
+    services = YAML(typ="safe").load(text)["services"]
+    assert services["prometheus"]["command"] == viewers.prometheus_options(here)
+    assert {service["network_mode"] for service in services.values()} == {"host"}  # where the listening addresses are loopback's
+    assert "--web.listen-address=127.0.0.1:9090" in services["prometheus"]["command"]
+    assert all(re.search(r":v?\d+\.\d+\.\d+$", service["image"]) for service in services.values())
+    assert program.environment[viewers.SECRET] not in text
+    assert not any(program.environment[viewers.SECRET] in part for part in program.command)
+    mounted = services["grafana"]["volumes"][0].split(":")[0]
+    assert services["grafana"]["environment"]["GF_PATHS_PROVISIONING"].startswith(mounted)
+
+
+@pytest.mark.parametrize("body", ["exit 1", '[ "$1" = compose ] || exit 1'], ids=["no compose", "no engine"])
+def test_a_docker_without_compose_or_engine_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    script(tmp_path, "docker", body)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert viewers.working_engine() is None
+    script(tmp_path, "docker", "exit 0")
+    assert viewers.working_engine() == str(tmp_path / "docker")
+
+
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian's package prometheus)")
 def test_prometheus_is_started_for_a_run_and_stopped_by_ctrl_c(tmp_path: Path, pages: Pages) -> None:
     """The real Prometheus finds the run's page and works out the rules; Ctrl-C ends it, and nothing else."""
     run = Ongoing(begun(tmp_path))
     driven = Driven(run, pages)
     driven.step()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "prometheus").symlink_to(str(shutil.which("prometheus")))
     command = [sys.executable, "-m", "kilocopy", "watch", str(run.run_dir)]
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PATH": os.environ["PATH"]})
+    alone = os.environ | {"PATH": str(tmp_path / "bin"), "PYTHONPATH": str(manifest.CHECKOUT)}  # no docker, no Grafana
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=alone)
     try:
         assert watching.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:\d+", watching.stdout.readline())
