@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from kilocopy.recording import Floats, Health, Streams
+from kilocopy.recording import Health
 from kilocopy.search import CPU_FRACTION_MAX, LAG_ITL_FRACTION, LAG_S_MAX, SEND_LAG_S_MAX
+from kilocopy.streams import Floats, Gaps, Streams
 from kilocopy.summary import Driver, Reason, Window, Worker
 from kilocopy.windows import Span
 
@@ -39,11 +40,9 @@ def lags_of(health: Health) -> Floats:
     return np.concatenate([lags_s, np.repeat(lags_s, missed) - steps * PROBE_S])
 
 
-def bunched_share(gaps_s: Floats) -> float:
-    """Share of gaps between chunks that are near zero: under 10 % of the median gap and under 1 ms."""
-    if not len(gaps_s):
-        return 0.0
-    return float((gaps_s < min(BUNCHED_GAP_FRACTION * float(np.median(gaps_s)), BUNCHED_GAP_S)).mean())
+def bunched_share(gaps: Gaps) -> float | None:
+    """Share of gaps between chunks that are near zero: under 10 % of the median gap and under 1 ms. None without a gap."""
+    return gaps.share_under(min(BUNCHED_GAP_FRACTION * gaps.quantiles_s([0.5])[0], BUNCHED_GAP_S)) if gaps.n else None
 
 
 def workers(health: Health, streams: Streams, inside: Streams, window: Window) -> list[Worker]:
@@ -69,7 +68,7 @@ def _worker(number: int, health: Health, due: Streams, inside: Streams) -> Worke
         events_per_s=_per_s(health.time_s, health.chunks),
         open_sockets_max=_most(health.open_sockets),
         rss_bytes_max=_most(health.rss_bytes),
-        near_zero_gap_fraction=bunched_share(inside.gaps_s) if len(inside.gaps_s) else None,
+        near_zero_gap_fraction=bunched_share(inside.gaps),
     )
 
 
@@ -205,7 +204,7 @@ def _bunched(inside: Streams, each: list[Worker]) -> tuple[list[Reason], list[Re
         if (one.near_zero_gap_fraction or 0) <= BUNCHED_SHARE_MAX:
             continue
         said = f"{100 * (one.near_zero_gap_fraction or 0):.1f} % of the gaps between chunks{_of(one, each)} are near zero"
-        median_s = float(np.median(inside.gaps_s[np.repeat(inside.worker == one.worker, inside.gap_counts)]))
+        median_s = inside.where(inside.worker == one.worker).gaps.quantiles_s([0.5])[0]
         if one.loop_lag_p99_s is not None and one.loop_lag_p99_s < 0.5 * median_s:
             notes.append(Reason(code="bunched-by-server", sentence=f"{said}; the driver was awake: the server or a proxy sent them so."))
         else:

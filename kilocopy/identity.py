@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kilocopy.recording import Floats, Samples, Streams
+from kilocopy.recording import Samples
+from kilocopy.streams import Floats, Streams
 from kilocopy.summary import Check, Window
 from kilocopy.windows import Span
 

@@ -19,8 +19,9 @@ from scipy.special import stdtrit
 
 from kilocopy import health, summary, windows
 from kilocopy.identity import check_copies, check_littles_law, check_tokens, gauge, gauge_mean
-from kilocopy.recording import Floats, Recording, Samples, Streams
+from kilocopy.recording import Recording, Samples
 from kilocopy.spec import ClosedStage, PlainStage, Slo, Spec, StepsStage
+from kilocopy.streams import Floats, Gaps, Streams
 from kilocopy.summary import Check, Estimate, Percentiles, Reason
 from kilocopy.windows import Span, busy_s, mean_in_flight
 
@@ -49,15 +50,28 @@ def sample(values: Floats) -> list[float]:
     return [float(value) for value in ordered]
 
 
-def batch_means(times_s: Floats, weights: Floats, start_s: float, end_s: float) -> Estimate:
-    """A rate with its 95 % interval: the window in 20 batches, mean +- t(0.975, 19) s / sqrt(20).
+def gap_percentiles(gaps: Gaps) -> Percentiles | None:
+    """Percentiles of gaps; None without one."""
+    if not gaps.n:
+        return None
+    p50, p90, p99 = gaps.quantiles_s([0.5, 0.9, 0.99])
+    return Percentiles(p50=p50, p90=p90, p99=p99, mean=gaps.mean_s, n=gaps.n)
+
+
+def gap_sample(gaps: Gaps) -> list[float]:
+    """At most VALUES_MAX gaps, evenly spaced in sorted order, for plots."""
+    places = np.arange(gaps.n) if gaps.n <= VALUES_MAX else np.linspace(0, gaps.n - 1, VALUES_MAX).round().astype(np.int64)
+    return [float(value) for value in gaps.at_s(places)]
+
+
+def batch_means(totals: Floats, start_s: float, end_s: float) -> Estimate:
+    """A rate with its 95 % interval: what arrived in each of 20 equal parts of a window, mean +- t(0.975, 19) s / sqrt(20).
 
     Source: Law, Simulation Modeling and Analysis, section 9.5.3 (batch means). Under 10 s there is no interval.
     """
-    rate = float(weights.sum()) / (end_s - start_s)
+    rate = float(totals.sum()) / (end_s - start_s)
     if end_s - start_s < BATCHED_WINDOW_S_MIN:
         return Estimate(value=rate)
-    totals, _ = np.histogram(times_s, bins=BATCHES, range=(start_s, end_s), weights=weights)
     rates = totals / ((end_s - start_s) / BATCHES)
     half = float(stdtrit(BATCHES - 1, 0.975) * rates.std(ddof=1) / np.sqrt(BATCHES))
     return Estimate(value=rate, low=max(0.0, rate - half), high=rate + half)
@@ -187,27 +201,27 @@ def _latency(inside: Streams, asked: PlainStage) -> summary.Latency:
     several = inside.output_tokens > 1
     tpot_s = (inside.last_s - inside.first_s)[several] / (inside.output_tokens[several] - 1)
     tokens_per_chunk = np.where(inside.output_tokens > 0, inside.output_tokens, np.nan) / (inside.gap_counts + 1)
-    from_s = begun_s(inside, asked)
+    from_s, icl_s = begun_s(inside, asked), gap_percentiles(inside.gaps)
+    single = bool((tokens_per_chunk == 1).all())  # a chunk is a token: a gap between chunks is one between tokens
     return summary.Latency(
         ttft_s=percentiles(inside.first_s - from_s),
         ttft_from_send_s=percentiles(inside.first_s - inside.sent_s),
         tpot_s=percentiles(tpot_s),
-        itl_s=percentiles(inside.gaps_s / np.repeat(tokens_per_chunk, inside.gap_counts)),
-        icl_s=percentiles(inside.gaps_s),
+        itl_s=icl_s if single else percentiles(inside.gaps_s / np.repeat(tokens_per_chunk, inside.gap_counts)),
+        icl_s=icl_s,
         e2e_s=percentiles(inside.last_s - from_s),
         send_lag_s=percentiles(inside.sent_s - inside.scheduled_s),
     )
 
 
 def _requests(streams: Streams, in_window_ok: int) -> summary.Requests:
-    names, counts = np.unique(streams.outcome[streams.failed], return_counts=True)
     dropped = int(streams.dropped.sum())
     return summary.Requests(
         scheduled=len(streams.stage),
         sent=len(streams.stage) - dropped,
         ok=int(streams.ok.sum()),
-        errors={str(name): int(count) for name, count in zip(names, counts, strict=True)},
-        cancelled=int((streams.outcome == "cancelled").sum()),
+        errors=streams.errors(),
+        cancelled=int(streams.cancelled.sum()),
         dropped=dropped,
         in_window_ok=in_window_ok,
     )
@@ -281,8 +295,8 @@ def _measured(
     asked, server = windows.played(spec, span), recording.server
     inside = streams.where(streams.ok & streams.within(window.start_s, window.end_s))
     in_flight = mean_in_flight(streams, window.start_s, window.end_s)
-    times_s, weights = _tokens_in(streams, window)
-    rate = batch_means(times_s, weights, window.start_s, window.end_s)
+    arrived = _tokens_in(streams, window, BATCHES)
+    rate = batch_means(arrived, window.start_s, window.end_s)
     throughput = _throughput(spec, streams, window, rate, in_flight)
     checks = [
         check_tokens(streams, server, span),
@@ -304,7 +318,7 @@ def _measured(
     withheld = driver.withheld
     slo = _slo(streams, window, spec.slo, asked, withheld=bool(withheld))
     voids = [*([INTERRUPTED] if span.cut_off else []), *driver.voids, *found.voids]
-    voids += _void_reasons(spec, streams, window, checks[0], len(weights))
+    voids += _void_reasons(spec, streams, window, checks[0], float(arrived.sum()))
     notes = _assumed_words(spec, throughput)
     notes += _notes(checks, window, inside, slo["slo_judged"], bool(manifest.get("driver_shares_host")))
     return summary.Stage(
@@ -323,7 +337,7 @@ def _measured(
         throughput=throughput,
         latency=None if withheld else latency,
         ttft_values_s=[] if withheld else sample(inside.first_s - begun_s(inside, asked)),
-        icl_values_s=[] if withheld else sample(inside.gaps_s),
+        icl_values_s=[] if withheld else gap_sample(inside.gaps),
         requests=_requests(streams, len(inside.stage)),
         driver=driver.driver,
         checks=checks,
@@ -364,8 +378,7 @@ def _rate(asked: PlainStage, streams: Streams, window: summary.Window) -> summar
 
 def _steps(asked: StepsStage, span: Span, streams: Streams, *, withheld: bool) -> list[summary.Step]:
     """A row per rate; its tokens are those that arrived during it, its TTFTs those of the requests that were planned in it."""
-    times_s, weights = streams.where(streams.ok).arrivals()
-    found = []
+    ok, found = streams.where(streams.ok), []
     for rate, start_s, end_s in windows.steps(asked, span):
         mine = streams.where((streams.scheduled_s >= start_s) & (streams.scheduled_s < end_s))
         answered = mine.where(mine.ok)
@@ -377,7 +390,7 @@ def _steps(asked: StepsStage, span: Span, streams: Streams, *, withheld: bool) -
                 arrivals=len(mine.stage),
                 dropped=int(mine.dropped.sum()),
                 errors=int(mine.failed.sum()),
-                output_tokens_per_s=float(weights[(times_s >= start_s) & (times_s < end_s)].sum()) / (end_s - start_s),
+                output_tokens_per_s=float(ok.tally(np.array([start_s, end_s]))[0]) / (end_s - start_s),
                 in_flight=mean_in_flight(streams, start_s, end_s),
                 ttft_s=None if withheld else percentiles(answered.first_s - answered.scheduled_s),
             )
@@ -392,23 +405,20 @@ def n_human(words_per_s: float | None) -> dict[str, float]:
 
 def _of(recording: Recording, span: Span) -> Streams:
     """The requests of one level of a stage."""
-    return recording.streams.where((recording.streams.stage == span.index) & (recording.streams.level == span.level))
+    return recording.of(span.index, span.level)
 
 
 def block_tokens(recording: Recording, span: Span, window: summary.Window, blocks: int) -> Floats:
     """Output tokens that arrived in each of so many equal parts of a window."""
-    times_s, weights = _tokens_in(_of(recording, span), window)
-    return np.asarray(np.histogram(times_s, bins=blocks, range=(window.start_s, window.end_s), weights=weights)[0], dtype=np.float64)
+    return _tokens_in(_of(recording, span), window, blocks)
 
 
-def _tokens_in(streams: Streams, window: summary.Window) -> tuple[Floats, Floats]:
-    """Arrival times and token weights of the ok streams, inside the window."""
-    times_s, weights = streams.where(streams.ok).arrivals()
-    counted = (times_s >= window.start_s) & (times_s < window.end_s)
-    return times_s[counted], weights[counted]
+def _tokens_in(streams: Streams, window: summary.Window, parts: int) -> Floats:
+    """Tokens of the ok streams that arrived in each of so many equal parts of a window."""
+    return streams.where(streams.ok).tally(np.linspace(window.start_s, window.end_s, parts + 1))
 
 
-def _void_reasons(spec: Spec, streams: Streams, window: summary.Window, tokens: Check, arrived: int) -> list[Reason]:
+def _void_reasons(spec: Spec, streams: Streams, window: summary.Window, tokens: Check, arrived: float) -> list[Reason]:
     """What else leaves a measured stage without a headline: errors, counters that disagree, no token at all."""
     reasons = _error_reasons(streams, window.start_s, window.end_s, spec.slo)
     if tokens.outcome == "failed":
@@ -426,13 +436,14 @@ def timeline(recording: Recording, found: Sequence[Span]) -> list[summary.Bin]:
     bins = int(np.ceil(recording.end_s))
     if not bins:
         return []
-    edges_s = np.arange(bins + 1, dtype=np.float64)
-    streams = recording.streams
-    times_s, weights = streams.where(streams.ok).arrivals()
-    tokens, _ = np.histogram(times_s, bins=edges_s, weights=weights)
-    errors, _ = np.histogram(streams.finished_s[streams.failed & ~np.isnan(streams.finished_s)], bins=edges_s)
-    open_ = streams.where(~np.isnan(streams.sent_s) & ~np.isnan(streams.finished_s))
-    in_flight = np.diff(busy_s(open_.sent_s, open_.finished_s, edges_s))
+    edges_s = recording.seconds_s
+    courses = recording.courses()
+    tokens = np.sum([np.zeros(bins), *(course.tokens for course in courses)], axis=0)
+    sent_s, finished_s, failed_s = (
+        np.concatenate([np.zeros(0), *(getattr(course, name) for course in courses)]) for name in ("sent_s", "finished_s", "failed_s")
+    )
+    errors, _ = np.histogram(failed_s, bins=edges_s)
+    in_flight = np.diff(busy_s(sent_s, finished_s, edges_s))
     middles_s = edges_s[:-1] + 0.5
     stage_of, level_of = np.full(bins, -1), np.zeros(bins, dtype=np.int64)
     for span in found:

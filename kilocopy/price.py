@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from kilocopy.identity import rise
-from kilocopy.recording import Floats, Meters
+from kilocopy.recording import Meters
 from kilocopy.spec import GpuReplica, MeasuredTraining, Owned, PublishedTraining, Quoted, Spec
+from kilocopy.streams import Floats
 from kilocopy.summary import Band, Cost, Estimate, Overhang, Ratio, Stage, Window
 
 Corner = Literal["mid", "low", "high"]

@@ -80,7 +80,7 @@ def _spec(run_dir: Path, manifest: dict[str, Any]) -> Spec:
 def _stage(spec: Spec, recorded: recording.Recording, span: windows.Span, manifest: dict[str, Any]) -> Stage:
     measured = measure.stage(spec, recorded, span, manifest)
     cost = price.cost(spec, measured, recorded.energy)
-    if cost is not None and measured.window is not None:
+    if cost is not None and measured.window is not None and cost.energy_source == "measured":
         tokens = measure.block_tokens(recorded, span, measured.window, price.BLOCKS)
         cost = cost.model_copy(update={"wh_per_page_measured": price.energy_interval(cost, measured, recorded.energy, tokens)})
     return measured.model_copy(update={"cost": cost})

@@ -1,13 +1,13 @@
 """What a run directory recorded, as columns on one clock: requests, the driver's health, the servers' samples, the meters, the events.
 
 All times are seconds since the run's first event (whole nanoseconds are subtracted first, so shifting a run changes nothing).
-Records of an older version lack columns; those are 0 throughout. Nothing here loops over tokens: the tokens of a run are one array.
+Records of an older version lack columns; those are 0 throughout. Requests are read when they are asked for, a level of a stage at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kilocopy import records
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Requests as columns, one entry each; what was never recorded is NaN. `gaps_s` holds the gaps of all of them in a row."""
-
-    stage: Ints
-    level: Ints
-    worker: Ints
-    copy: Ints
-    sequence: Ints
-    scheduled_s: Floats
-    sent_s: Floats
-    first_s: Floats
-    last_s: Floats
-    finished_s: Floats
-    prompt_tokens: Floats
-    output_tokens: Floats
-    output_words: Floats
-    chunks: Floats
-    outcome: npt.NDArray[np.str_]
-    gap_counts: Ints
-    gaps_s: Floats
-
-    def where(self, mask: Mask) -> Streams:
-        """The streams that the mask keeps, with their gaps."""
-        kept = {name: value[mask] for name, value in vars(self).items() if name != "gaps_s"}
-        return Streams(**kept, gaps_s=self.gaps_s[np.repeat(mask, self.gap_counts)])
-
-    @property
-    def ok(self) -> Mask:
-        """Which ended well."""
-        return np.asarray(self.outcome == "ok", dtype=np.bool_)
-
-    @property
-    def dropped(self) -> Mask:
-        """Arrivals of an open loop that were never sent, since no stream was free for them."""
-        return np.asarray(self.outcome == "dropped", dtype=np.bool_)
-
-    @property
-    def failed(self) -> Mask:
-        """Which ended in a typed error; a stream cancelled by the driver is neither ok nor failed, nor is one that was dropped."""
-        return ~np.isin(self.outcome, ["ok", "cancelled", "dropped"])
-
-    def within(self, start_s: float, end_s: float) -> Mask:
-        """Which were sent and finished inside a window."""
-        return np.asarray((self.sent_s >= start_s) & (self.finished_s <= end_s), dtype=np.bool_)
-
-    def arrivals(self) -> tuple[Floats, Floats]:
-        """When each chunk came, and how many tokens it stands for: the request's output tokens spread over its chunks."""
-        seen = self.where(~np.isnan(self.first_s))
-        counts = seen.gap_counts + 1
-        starts = np.cumsum(counts) - counts
-        steps = np.zeros(int(counts.sum()))
-        later = np.ones(len(steps), dtype=bool)
-        later[starts] = False
-        steps[later] = seen.gaps_s
-        elapsed = np.cumsum(steps)
-        times_s = elapsed - np.repeat(elapsed[starts], counts) + np.repeat(seen.first_s, counts)
-        tokens = np.where(np.isnan(seen.output_tokens), counts, seen.output_tokens)
-        return times_s, np.repeat(tokens / counts, counts)
-
-    def owners(self) -> Ints:
-        """Which of these streams each of `arrivals` belongs to."""
-        seen = ~np.isnan(self.first_s)
-        return np.repeat(np.flatnonzero(seen), self.gap_counts[seen] + 1)
+from kilocopy.rows import Place, Rows
+from kilocopy.streams import Floats, Ints, Mask, Streams
 
 
 @dataclass(frozen=True)
@@ -133,15 +65,61 @@ class Health:
 
 
 @dataclass(frozen=True)
+class Course:
+    """What the timeline needs of a level: its ok streams' tokens in each second, and when requests were sent, ended and failed."""
+
+    tokens: Floats
+    sent_s: Floats
+    finished_s: Floats
+    failed_s: Floats
+
+    @classmethod
+    def of(cls, streams: Streams, edges_s: Floats) -> Course:
+        """The course of some requests over these seconds."""
+        tokens = streams.where(streams.ok).tally(edges_s) if len(edges_s) > 1 else np.zeros(0)
+        ended = ~np.isnan(streams.finished_s)
+        known = ended & ~np.isnan(streams.sent_s)
+        return cls(tokens, streams.sent_s[known], streams.finished_s[known], streams.finished_s[ended & streams.failed])
+
+
+@dataclass(frozen=True)
 class Recording:
-    """Everything that a run directory recorded, on one clock."""
+    """Everything that a run directory recorded, on one clock. Requests stay in their files until `of` reads them."""
 
     events: list[dict[str, Any]]
-    streams: Streams
+    rows: Rows
+    zero_ns: int
     health: Health
     server: Samples
     energy: Meters
     end_s: float
+    _last: dict[Place, Streams] = field(default_factory=dict, repr=False, compare=False)
+    _courses: dict[Place, Course] = field(default_factory=dict, repr=False, compare=False)
+
+    def of(self, stage: int, level: int = 0) -> Streams:
+        """The requests of one level of a stage. The last one that was read is kept, so that asking again costs nothing."""
+        if (stage, level) not in self._last:
+            self._last.clear()  # one level at a time fits where all of them do not
+            streams = self._last[stage, level] = self.rows.read([(stage, level)], self.zero_ns)
+            self._courses.setdefault((stage, level), Course.of(streams, self.seconds_s))
+        return self._last[stage, level]
+
+    def courses(self) -> list[Course]:
+        """Every level second by second; a level that was read before is not read again."""
+        for place in self.rows.places:
+            if place not in self._courses:
+                self.of(*place)
+        return [self._courses[place] for place in self.rows.places]
+
+    @property
+    def seconds_s(self) -> Floats:
+        """The edges of the run's seconds."""
+        return np.arange(int(np.ceil(self.end_s)) + 1, dtype=np.float64)
+
+    @property
+    def streams(self) -> Streams:
+        """All requests of the run at once."""
+        return self.rows.read(self.rows.places, self.zero_ns)
 
 
 class _Clock:
@@ -153,8 +131,8 @@ class _Clock:
     def __init__(self, run_dir: Path, events: Sequence[dict[str, Any]]) -> None:
         self._hosts: dict[str, str] = {}
         for kind in records.SCHEMAS:
-            for batch in records.batches(run_dir, kind):
-                meta = _text(batch.schema.metadata)
+            for metadata in records.headers(run_dir, kind):
+                meta = _text(metadata)
                 self._hosts.setdefault(meta.get("process", ""), meta.get("host", ""))
         first = events[0] if events else {}
         self._home = self._hosts.get(str(first.get("process")))
@@ -183,16 +161,18 @@ def load(run_dir: Path) -> Recording:
     """Read every whole record of a run directory. Missing kinds are empty, torn tails are ignored."""
     events = records.read_events(run_dir)
     clock = _Clock(run_dir, events)
-    tables = {kind: _table(run_dir, kind, clock) for kind in records.SCHEMAS}
+    rows = Rows(run_dir, clock.of_file)
+    tables = {kind: _table(run_dir, kind, clock) for kind in records.SCHEMAS if kind != "requests"}
     shifted = [event | {"time_ns": int(event["time_ns"]) + clock.of_event(event)} for event in events]
-    zero_ns = _zero_ns(shifted, tables["requests"])
+    zero_ns = _zero_ns(shifted, rows)
     timed = sorted((event | {"t_s": (event["time_ns"] - zero_ns) / 1e9} for event in shifted), key=lambda event: event["t_s"])
-    streams = _streams(tables["requests"], zero_ns)
     health = _health(tables["driver"], zero_ns)
-    ends = [np.array([event["t_s"] for event in timed]), streams.finished_s[~np.isnan(streams.finished_s)], health.time_s]
+    finished_s = [] if rows.last_finished_ns is None else [(rows.last_finished_ns - zero_ns) / 1e9]
+    ends = [np.array([event["t_s"] for event in timed]), np.array(finished_s), health.time_s]
     return Recording(
         events=timed,
-        streams=streams,
+        rows=rows,
+        zero_ns=zero_ns,
         health=health,
         server=Samples(**_columns(tables["server"], zero_ns)),
         energy=Meters(**_columns(tables["energy"], zero_ns)),
@@ -220,12 +200,11 @@ def _column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
     return pa.array(np.zeros(len(batch)), pa.float64()).cast(field.type)
 
 
-def _zero_ns(events: Sequence[dict[str, Any]], requests: pa.Table) -> int:
+def _zero_ns(events: Sequence[dict[str, Any]], rows: Rows) -> int:
     """The origin of time: the first event, else the first request."""
     if events:
         return min(int(event["time_ns"]) for event in events)
-    first = pc.min(requests.column("scheduled_ns")).as_py()
-    return int(first) if first is not None else 0
+    return rows.first_scheduled_ns or 0
 
 
 def _seconds(column: pa.ChunkedArray, zero_ns: int) -> Floats:
@@ -245,27 +224,6 @@ def _columns(table: pa.Table, zero_ns: int) -> dict[str, Any]:
     return columns
 
 
-def _streams(table: pa.Table, zero_ns: int) -> Streams:
-    gaps = table.column("gaps_us")
-    columns = _columns(table.drop_columns(["gaps_us", "outcome"]), zero_ns)
-    return Streams(
-        stage=np.asarray(columns["stage"], dtype=np.int64),
-        level=_whole(columns["level"]),
-        worker=_whole(columns["worker"]),
-        copy=np.asarray(columns["copy"], dtype=np.int64),
-        sequence=_whole(columns["sequence"]),
-        scheduled_s=columns["scheduled_s"],
-        sent_s=columns["sent_s"],
-        first_s=columns["first_token_s"],
-        last_s=columns["last_token_s"],
-        finished_s=columns["finished_s"],
-        **{name: np.asarray(columns[name], dtype=np.float64) for name in ("prompt_tokens", "output_tokens", "output_words", "chunks")},
-        outcome=np.asarray(table.column("outcome").to_pylist(), dtype=np.str_),
-        gap_counts=np.asarray(pc.fill_null(pc.list_value_length(gaps), 0).to_numpy(), dtype=np.int64),
-        gaps_s=np.asarray(pc.list_flatten(gaps).to_numpy(), dtype=np.float64) / 1e6,
-    )
-
-
 def _whole(values: npt.NDArray[Any]) -> Ints:
     """Whole numbers; null is 0."""
     return np.nan_to_num(np.asarray(values, dtype=np.float64)).astype(np.int64)
@@ -281,3 +239,6 @@ def _health(table: pa.Table, zero_ns: int) -> Health:
         lag_counts=np.asarray(pc.fill_null(pc.list_value_length(lags), 0).to_numpy(), dtype=np.int64),
         lags_s=np.asarray(pc.list_flatten(lags).to_numpy(), dtype=np.float64) / 1e6,
     )
+
+
+__all__ = ["Floats", "Health", "Ints", "Mask", "Meters", "Recording", "Samples", "Streams", "load"]

@@ -152,6 +152,16 @@ def batches(run_dir: Path, kind: str) -> Iterator[pa.RecordBatch]:
                 continue
 
 
+def headers(run_dir: Path, kind: str) -> Iterator[Any]:
+    """The metadata of every file of a kind; a file torn in its schema has none."""
+    for path in sorted((run_dir / kind).glob("*.arrow")):
+        with path.open("rb") as file:
+            try:
+                yield pa.ipc.open_stream(file).schema.metadata
+            except (pa.ArrowInvalid, EOFError, OSError):
+                continue
+
+
 def cut_off(run_dir: Path) -> list[str]:
     """Files that do not end as a closed stream does (names relative to the run): their writer was killed, or they were damaged."""
     found = []

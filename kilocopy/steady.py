@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from scipy.special import ndtri, stdtr
 
-from kilocopy.recording import Floats, Ints
+from kilocopy.streams import Floats, Ints
 
 BATCH = 5  # MSER-5
 BIN_S_MAX = 0.2
@@ -17,6 +19,16 @@ DRIFT_P_VALUE = 0.05
 STEADY_BINS_MIN = 4
 GROWTH_LIMIT = 0.20
 GROWTH_P_VALUE = 0.01
+
+
+class Arrived(Protocol):
+    """What is asked of streams here: their tokens between edges, and one by one (kilocopy.streams.Streams)."""
+
+    def tally(self, edges_s: Floats) -> Floats: ...
+
+    def arrivals(self) -> tuple[Floats, Floats]: ...
+
+    def owners(self) -> Ints: ...
 
 
 def mser5(values: Floats) -> tuple[int, bool]:
@@ -43,17 +55,16 @@ def _first_least(errors: Floats) -> int:
     return int(np.argmax(errors <= errors.min() + 1e-12 * errors.max()))
 
 
-def warm_up_s(times_s: Floats, weights: Floats, owners: Ints, start_s: float, end_s: float) -> float | None:
+def warm_up_s(streams: Arrived, start_s: float, end_s: float) -> float | None:
     """Seconds after the start that MSER-5 cuts off the token rate, in bins of 0.2 s or less; None: no steady state.
 
     The best cut of a rate that is as correlated as tokens are (a request's come one after the other) lies in the second half by
     chance in a third of the steady runs of half a minute. So a late cut counts only where the halves of what the best cut in the
     first half leaves differ beyond chance too; else that cut is taken.
     """
-    bins = max(BATCHES_MIN * BATCH, int(np.ceil((end_s - start_s) / BIN_S_MAX)))
-    counts, edges_s = np.histogram(times_s, bins=bins, range=(start_s, end_s), weights=weights)
-    cut, late = mser5(np.asarray(counts, dtype=np.float64))
-    if late and halves_z(times_s, weights, owners, float(edges_s[cut]), end_s) > HALVES_Z_MAX:
+    edges_s = np.linspace(start_s, end_s, max(BATCHES_MIN * BATCH, int(np.ceil((end_s - start_s) / BIN_S_MAX))) + 1)
+    cut, late = mser5(streams.tally(edges_s))
+    if late and halves_z(*streams.arrivals(), streams.owners(), float(edges_s[cut]), end_s) > HALVES_Z_MAX:
         return None
     return float(edges_s[cut]) - start_s
 
@@ -73,24 +84,21 @@ def halves_z(times_s: Floats, weights: Floats, owners: Ints, start_s: float, end
     return abs(float(each.sum())) / spread if spread else 0.0
 
 
-def drift(times_s: Floats, weights: Floats, start_s: float, end_s: float) -> str | None:
+def drift(streams: Arrived, start_s: float, end_s: float) -> str | None:
     """Why the token rate is not steady, in words; None if it is, or if the time has too few seconds to say.
 
     Two tests on the rate per second: the halves of the window differ by over 20 % of the mean, or a linear trend that is
     significant (p < 0.05, two-sided t on the correlation) moves by over 20 % of the mean across the window.
     """
-    inside = (times_s >= start_s) & (times_s < end_s)
-    times_s, weights = times_s[inside], weights[inside]
     duration_s = end_s - start_s
     bins = int(duration_s)
-    if bins < STEADY_BINS_MIN or not weights.sum():
+    edges_s = np.linspace(start_s, end_s, bins + 1)
+    totals = streams.tally(edges_s) if bins >= STEADY_BINS_MIN else np.zeros(0)
+    if not totals.sum():
         return None
-    totals, edges = np.histogram(times_s, bins=bins, range=(start_s, end_s), weights=weights)
-    rates = np.asarray(totals / (edges[1] - edges[0]), dtype=np.float64)
-    mean = float(weights.sum()) / duration_s
-    middle_s = (start_s + end_s) / 2
-    first = float(weights[times_s < middle_s].sum()) / (duration_s / 2)
-    second = float(weights[times_s >= middle_s].sum()) / (duration_s / 2)
+    rates = totals / (edges_s[1] - edges_s[0])
+    mean = float(totals.sum()) / duration_s
+    first, second = (float(half) / (duration_s / 2) for half in streams.tally(np.linspace(start_s, end_s, 3)))
     if abs(second - first) > DRIFT_LIMIT * mean:
         return f"the first half of the window made {first:.4g} tokens/s, the second {second:.4g}: over {100 * DRIFT_LIMIT:g} % apart"
     x, slope = _slope(rates)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from kilocopy import steady
-from kilocopy.recording import Floats, Ints, Streams
 from kilocopy.spec import (
     ClosedStage,
     ConstantStage,
@@ -27,6 +26,7 @@ from kilocopy.spec import (
     StepsStage,
     TraceStage,
 )
+from kilocopy.streams import Floats, Streams
 from kilocopy.summary import Reason, Window
 
 GROWTH_BIN_S = 1.0
@@ -202,13 +202,13 @@ def _closed(asked: ClosedStage, span: Span, streams: Streams, end_s: float) -> F
     begin = "the last copy's first token" if everybody_s > warm_s else "the end of ramp and warm-up"
     end = "the first copy stopped asking" if span.stop_s is not None else "the last record (the stage was cut off)"
     window = _window(start_s, end_s, f"from {begin} until {end}")
-    why = None if not span.whole else steady.drift(*_tokens(streams)[:2], window.start_s, window.end_s)
+    why = None if not span.whole else steady.drift(streams.where(streams.ok), window.start_s, window.end_s)
     return Found(window, (Reason(code="no-steady-state", sentence=f"No steady state: {why}."),) if why else ())
 
 
 def _timed(asked: OpenStage, streams: Streams, start_s: float, end_s: float, end: str) -> Found:
     """What MSER-5 leaves of the token rate after the warm-up; all of it where there is no steady state, which voids the stage."""
-    cut_s = steady.warm_up_s(*_tokens(streams), start_s, end_s)
+    cut_s = steady.warm_up_s(streams.where(streams.ok), start_s, end_s)
     begin = f"{cut_s:.1f} s after the warm-up (MSER-5 on the token rate)" if cut_s else "the end of the warm-up (MSER-5 cut nothing off)"
     window = _window(start_s + (cut_s or 0.0), end_s, f"from {begin} until {end}")
     voids = []
@@ -233,15 +233,19 @@ def _backlog(streams: Streams, window: Window, grown: float) -> Reason:
 def in_flight(streams: Streams, window: Window) -> Floats:
     """Time-means of the requests in flight (sent and not finished), about one for each second of a window."""
     edges_s = np.linspace(window.start_s, window.end_s, max(2, round(window.duration_s / GROWTH_BIN_S) + 1))
-    open_ = streams.where(~np.isnan(streams.sent_s) & ~np.isnan(streams.finished_s))
-    return np.asarray(np.diff(busy_s(open_.sent_s, open_.finished_s, edges_s)) / np.diff(edges_s), dtype=np.float64)
+    return np.asarray(np.diff(busy_s(*_open(streams), edges_s)) / np.diff(edges_s), dtype=np.float64)
 
 
 def mean_in_flight(streams: Streams, start_s: float, end_s: float) -> float:
     """The exact time-mean of requests in flight (sent and not finished), errors too."""
-    open_ = streams.where(~np.isnan(streams.sent_s) & ~np.isnan(streams.finished_s))
-    before, after = busy_s(open_.sent_s, open_.finished_s, np.array([start_s, end_s]))
+    before, after = busy_s(*_open(streams), np.array([start_s, end_s]))
     return float(after - before) / (end_s - start_s)
+
+
+def _open(streams: Streams) -> tuple[Floats, Floats]:
+    """When the requests that were sent and ended did."""
+    known = ~np.isnan(streams.sent_s) & ~np.isnan(streams.finished_s)
+    return streams.sent_s[known], streams.finished_s[known]
 
 
 def busy_s(starts_s: Floats, ends_s: Floats, at_s: Floats) -> Floats:
@@ -255,9 +259,3 @@ def _before(edges_s: Floats, at_s: Floats) -> Floats:
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     count = np.searchsorted(ordered, at_s)
     return np.asarray(count * at_s - sums[count], dtype=np.float64)
-
-
-def _tokens(streams: Streams) -> tuple[Floats, Floats, Ints]:
-    """Arrival times, token weights and requests of the ok streams' tokens."""
-    ok = streams.where(streams.ok)
-    return *ok.arrivals(), ok.owners()

@@ -19,6 +19,8 @@ from kilocopy.spec import SearchStage, Spec
 from kilocopy.summary import Check, Reason, Requests, Stage, Window
 from tests import synthetic
 from tests.synthetic import ANCHOR, Run, ideal
+from tests.test_steady import Tokens
+from tests.test_streams_columns import columns
 
 seconds = st.floats(0, 100, allow_nan=False)
 
@@ -448,9 +450,7 @@ def test_a_missing_copy_on_the_servers_is_a_note(tmp_path: Path) -> None:
 
 def test_batch_means_by_hand() -> None:
     """20 batches of 1 s, alternately 1 and 3 tokens: mean 2, s = sqrt(20/19), half width 2.093024 s / sqrt(20)."""
-    times_s = np.arange(20) + 0.5
-    weights = np.where(np.arange(20) % 2, 3.0, 1.0)
-    estimate = measure.batch_means(times_s, weights, 0, 20)
+    estimate = measure.batch_means(np.where(np.arange(20) % 2, 3.0, 1.0), 0, 20)
     half = 2.093024 / np.sqrt(19)
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((2, 2 - half, 2 + half), rel=1e-6)
 
@@ -464,9 +464,9 @@ def test_percentiles_by_hand() -> None:
 def test_a_significant_drift_is_not_steady() -> None:
     """Rates 88..111 over 24 s: the halves differ by 12 %, the trend moves by 24 / 99.5 of the mean."""
     times_s = np.arange(24) + 0.5
-    assert "drifted by +24 %" in str(steady.drift(times_s, 88.0 + np.arange(24), 0, 24))
+    assert "drifted by +24 %" in str(steady.drift(Tokens(times_s, 88.0 + np.arange(24), np.arange(24)), 0, 24))
     noise = np.where(np.arange(24) % 2, 60.0, 140.0)
-    assert steady.drift(times_s, noise, 0, 24) is None
+    assert steady.drift(Tokens(times_s, noise, np.arange(24)), 0, 24) is None
 
 
 def test_the_sample_is_bounded_and_keeps_the_ends() -> None:
@@ -513,17 +513,8 @@ drawn_streams = st.lists(st.tuples(seconds, st.lists(st.integers(0, 5_000_000), 
 @given(drawn_streams, seconds, seconds)
 def test_tokens_are_conserved(drawn: list[tuple[float, list[int], int]], a: float, b: float) -> None:
     """All arrivals together are the requests' tokens, in order of time within each, and a window holds no more."""
-    count = len(drawn)
-    firsts = np.array([first for first, _, _ in drawn])
-    nan = np.full(count, np.nan)
-    tokens = np.array([float(n) for _, _, n in drawn])
-    streams = recording.Streams(
-        stage=np.zeros(count, np.int64), level=np.zeros(count, np.int64), worker=np.zeros(count, np.int64), copy=np.zeros(count, np.int64),
-        sequence=np.zeros(count, np.int64), scheduled_s=firsts, sent_s=firsts, first_s=firsts, last_s=nan,
-        finished_s=nan, prompt_tokens=nan, output_tokens=tokens, output_words=nan, chunks=nan, outcome=np.array(["ok"] * count),
-        gap_counts=np.array([len(gaps) for _, gaps, _ in drawn]),
-        gaps_s=np.array([gap for _, gaps, _ in drawn for gap in gaps], dtype=np.float64) / 1e6,
-    )  # fmt: skip
+    firsts, tokens = np.array([first for first, _, _ in drawn]), np.array([float(n) for _, _, n in drawn])
+    streams = columns(firsts, [gaps for _, gaps, _ in drawn], tokens)
     times_s, weights = streams.arrivals()
     assert weights.sum() == pytest.approx(tokens.sum())
     expected = [first + sum(gaps[:i]) / 1e6 for first, gaps, _ in drawn for i in range(len(gaps) + 1)]

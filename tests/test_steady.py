@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from kilocopy import steady
-from kilocopy.recording import Floats, Ints
+from kilocopy.streams import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens whose every arrival is known, asked as streams are."""
+
+    times_s: Floats
+    weights: Floats
+    of: Ints
+
+    def tally(self, edges_s: Floats) -> Floats:
+        return np.histogram(self.times_s[self.times_s < edges_s[-1]], edges_s, weights=self.weights[self.times_s < edges_s[-1]])[0]
+
+    def arrivals(self) -> tuple[Floats, Floats]:
+        return self.times_s, self.weights
+
+    def owners(self) -> Ints:
+        return self.of
 
 
 def noise(count: int, seed: int = 0) -> Floats:
@@ -58,7 +78,7 @@ def test_a_trend_has_no_steady_state() -> None:
     assert steady.mser5(np.arange(300.0))[1]
     times_s, weights, owners = tokens(20, 60, 1)
     kept = np.isin(owners, np.flatnonzero(np.random.default_rng(2).uniform(0, 60, owners.max() + 1) < times_s[::40]))
-    assert steady.warm_up_s(times_s[kept], weights[kept], owners[kept], 0, 60) is None
+    assert steady.warm_up_s(Tokens(times_s[kept], weights[kept], owners[kept]), 0, 60) is None
 
 
 def test_too_few_values_are_left_alone() -> None:
@@ -68,7 +88,7 @@ def test_too_few_values_are_left_alone() -> None:
 @pytest.mark.parametrize(("rate_per_s", "until_s"), [(4, 30), (20, 60)])
 def test_steady_requests_are_rarely_called_unsteady(rate_per_s: float, until_s: float) -> None:
     """The rate of a stationary open loop is correlated, yet at most 3 of 60 are refused and half lose under a fifth."""
-    cuts_s = [steady.warm_up_s(*tokens(rate_per_s, until_s, seed), 0, until_s) for seed in range(60)]
+    cuts_s = [steady.warm_up_s(Tokens(*tokens(rate_per_s, until_s, seed)), 0, until_s) for seed in range(60)]
     assert sum(cut_s is None for cut_s in cuts_s) <= 3
     assert np.median([cut_s for cut_s in cuts_s if cut_s is not None]) < 0.2 * until_s
 
@@ -76,9 +96,9 @@ def test_steady_requests_are_rarely_called_unsteady(rate_per_s: float, until_s: 
 def test_what_came_before_and_after_the_window_is_no_drift() -> None:
     """An even rate from 0 s to 60 s, of which 20 s to 28 s are the window."""
     times_s = np.arange(600) / 10
-    assert steady.drift(times_s, np.ones(600), 20, 28) is None
+    assert steady.drift(Tokens(times_s, np.ones(600), np.arange(600)), 20, 28) is None
     assert steady.halves_z(times_s, np.ones(600), np.arange(600), 20, 28) < 1
-    assert steady.warm_up_s(times_s, np.ones(600), np.arange(600), 20, 28) == 0
+    assert steady.warm_up_s(Tokens(times_s, np.ones(600), np.arange(600)), 20, 28) == 0
 
 
 def test_halves_apart_by_hand() -> None:
