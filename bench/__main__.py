@@ -12,13 +12,14 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from bench import clients
+from bench import clients, rows
 from bench.clients import PEERS, NotRunError
 from bench.levels import Level, honest_streams
 from bench.truth import BUILT, NoCompilerError, Schedule, cores, server
@@ -127,6 +128,14 @@ def soak(seconds: float) -> None:
     OUT.print(f"{(after - before) / max(last - first, 1):+.2f} bytes a request; highest {max(rss for _, rss in seen) / 2**20:.1f} MiB")
 
 
+def report_of(count: int) -> None:
+    """So many generated requests, summarised: seconds and peak memory beside the goal for ten million."""
+    with tempfile.TemporaryDirectory(prefix="kilocopy-rows-") as folder:
+        seconds, peak, sent, verdicts = rows.measure(rows.generate(Path(folder) / "run", count))
+    OUT.print(f"report of {sent:,} requests, {rows.TOKENS} tokens each, {rows.STAGES} stages ({', '.join(verdicts)}): {seconds:.1f} s,")
+    OUT.print(f"{peak / 2**30:.2f} GiB at most; per million {1e6 * seconds / sent:.2f} s. Goal: 10 million under 30 s and 2 GB on 2 cores.")
+
+
 def main() -> None:
     """Parse, run, print, keep."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -135,8 +144,11 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=10, metavar="S", help="seconds that count, of each level")
     parser.add_argument("--quick", action="store_true", help="a minute: two levels, no peers")
     parser.add_argument("--scaling", type=int, metavar="STREAMS", help="only this: two workers of STREAMS each beside one")
+    parser.add_argument("--rows", type=float, metavar="N", help="only this: the report of so many generated requests, its time and memory")
     parser.add_argument("--soak", type=float, metavar="S", help="only this: 200 short streams for so long, and the driver's memory")
     asked = parser.parse_args()
+    if asked.rows:
+        return report_of(int(asked.rows))
     levels = [200, 800] if asked.quick else [int(level) for level in asked.levels.split(",")]
     peers = [] if asked.quick or asked.peers == "none" else list(PEERS) if asked.peers == "all" else asked.peers.split(",")
     schedule = Schedule()
