@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--soak", type=float, metavar="S", help="only this: 200 short streams for so long, and the driver's memory")
     asked = parser.parse_args()
     if asked.rows:
-        return report_of(int(asked.rows))
+        report_of(int(asked.rows))
+        return
     levels = [200, 800] if asked.quick else [int(level) for level in asked.levels.split(",")]
     peers = [] if asked.quick or asked.peers == "none" else list(PEERS) if asked.peers == "all" else asked.peers.split(",")
     schedule = Schedule()

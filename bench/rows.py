@@ -41,9 +41,10 @@ def generate(folder: Path, rows: int) -> Path:
         at_ns = 10**9
         for index in range(STAGES):
             events.write("stage_start", stage=index, time_ns=at_ns, load=None, level=0)
-            stop_ns = last_ns = at_ns
-            for batch, last_ns in _batches(rows // STAGES, index, at_ns, draw):
+            last_ns = at_ns
+            for batch, ended_ns in _batches(rows // STAGES, index, at_ns, draw):
                 stream.write_batch(batch.cast(schema))
+                last_ns = ended_ns
             stop_ns = at_ns + int(0.95 * (last_ns - at_ns))
             for name, time_ns in (("stop_asking", stop_ns), ("drained", last_ns), ("settled", last_ns + 10**9)):
                 events.write(f"stage_{name}", stage=index, time_ns=time_ns, level=0)
@@ -105,7 +106,7 @@ def measure(folder: Path) -> tuple[float, int, int, list[str]]:
     cores = sorted(os.sched_getaffinity(0))[:2]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(folder)],
-        capture_output=True, text=True, check=True, cwd=CHECKOUT, preexec_fn=lambda: os.sched_setaffinity(0, cores),  # noqa: PLW1509
+        capture_output=True, text=True, check=True, cwd=CHECKOUT, preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )  # fmt: skip
     seconds, peak, sent, verdicts = json.loads(done.stdout)
     return float(seconds), int(peak), int(sent), list(verdicts)
