@@ -61,7 +61,7 @@ def _batches(rows: int, stage: int, start_ns: int, draw: np.random.Generator) ->
         parts = []
         for _ in range(rounds):
             tokens = draw.integers(TOKENS // 2, 3 * TOKENS // 2, COPIES, endpoint=True)
-            gaps = draw.integers(900 * GAP_S * 1000, 1100 * GAP_S * 1000, int((tokens - 1).sum()), dtype=np.uint32)
+            gaps = draw.integers(int(900_000 * GAP_S), int(1_100_000 * GAP_S), int((tokens - 1).sum()), dtype=np.uint32)
             ends = np.cumsum(tokens - 1)
             passed = np.concatenate([[0], np.cumsum(gaps, dtype=np.int64)])
             first_ns = free_ns + draw.integers(10_000_000, 30_000_000, COPIES)
