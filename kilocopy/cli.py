@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, check, doctor, faults, manifest, provision, run, serving, side_by_side, starting
+from kilocopy import __version__, campaign, check, doctor, experiment, faults, manifest, provision, run, serving, side_by_side, starting
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
 
@@ -31,6 +31,7 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML)
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
 Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, max=1024, help="Driver processes on this host; one reads about a thousand streams.")]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an experiment that was cut off.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json instead of the report.")]
 
 
@@ -42,9 +43,21 @@ def run_command(
     workers: Workers = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False,
     as_json: AsJson = False,
+    resume: Resume = None,
 ) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
-    _finish(run.run(spec, runs, web=web, keep=keep, quiet=as_json, workers=workers), as_json)
+    loaded = load(spec)
+    if loaded.experiment is not None:
+        summary = campaign.perform(loaded, runs, resume=resume, web=web, keep=keep, quiet=as_json, workers=workers)
+    else:
+        _no_experiment(resume)
+        summary = run.run(loaded, runs, web=web, keep=keep, quiet=as_json, workers=workers)
+    _finish(summary, as_json)
+
+
+def _no_experiment(resume: Path | None) -> None:
+    if resume is not None:
+        raise ProblemError(f"--resume {resume}: goes with a spec that has an experiment; the stages of an ordinary run are played anew")
 
 
 @app.command()
@@ -89,6 +102,8 @@ def serve(
 ) -> None:
     """Start the replicas, wait until each answers, and leave them serving; `kilocopy down` stops them."""
     loaded = load(spec)
+    if loaded.experiment is not None:
+        loaded = experiment.plan(loaded)[0].spec
     if address:
         loaded = loaded.model_copy(update={"cluster": loaded.cluster.model_copy(update={"address": address})})
     with run.serve(loaded, keep=True) as state:
@@ -124,6 +139,7 @@ def drive(
     workers: Workers = 1,
     runs: RunsDir = Path("runs"),
     as_json: AsJson = False,
+    resume: Resume = None,
 ) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
     loaded = load(spec)
@@ -144,8 +160,14 @@ def drive(
         raise ProblemError("--url: leave user, password and query out of the address; an API key goes into KILOCOPY_API_KEY")
     base = url.rstrip("/").removesuffix("/v1")
     shares_host = manifest.is_this_host(url)
+    if loaded.experiment is not None:
+        summary = campaign.drive(
+            loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers, quiet=as_json, resume=resume
+        )
+        return _finish(summary, as_json)
+    _no_experiment(resume)
     run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers)
-    _finish(run.report(run_dir, quiet=as_json), as_json)
+    return _finish(run.report(run_dir, quiet=as_json), as_json)
 
 
 @app.command()

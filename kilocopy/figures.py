@@ -55,6 +55,7 @@ def figures(summary: Summary) -> list[Figure]:
         inter_chunk_latency(summary),
         timeline(summary),
         overhang(summary),
+        *([lifetime(summary)] if summary.corpus is not None else []),
     ]
 
 
@@ -117,7 +118,7 @@ def search_figure(summary: Summary, search: Search) -> Figure:
     if search.answer is not None:
         plot.add_vline(x=search.answer, line={"color": SAID["held"], "dash": "dot", "width": 1.5})
     loads = [one.load for one in shown]
-    plot.update_xaxes(title=unit, **_load_axis(loads, loads))
+    plot.update_xaxes(title=unit, **load_axis(loads, loads))
     plot.update_yaxes(title="streams that held the SLO (%)", range=[-3, 103])
     caption = "Bars: 95 % by Wilson. Dashed: the share that the SLO asks for. Dotted: the answer. A load tried twice counts together."
     return Figure(name, head, caption, dressed(plot))
@@ -371,6 +372,32 @@ def overhang(summary: Summary) -> Figure:
     return Figure("plot-overhang", head, caption, dressed(plot, top=12))
 
 
+def lifetime(summary: Summary) -> Figure:
+    """What a page costs over the model's life against how many it writes, log-log, with the break-even."""
+    name, head = "plot-lifetime", "What a page costs over the life of the model"
+    told = summary.corpus
+    if told is None or not told.lifetime or told.break_even_pages is None or told.running_usd_per_page is None or told.training_usd is None:
+        return Figure(name, head, "", missing="No lifetime cost: the run states no training cost in money, or no stage that counts has a price.")
+    pages = [one.pages for one in told.lifetime]
+    costs = [one.usd_per_page for one in told.lifetime]
+    plot = go.Figure()
+    if any(one.low is not None for one in costs):
+        ends = [one.low or one.mid for one in costs] + [one.high or one.mid for one in reversed(costs)]
+        shade = {"fill": "toself", "fillcolor": "rgba(63,127,208,0.18)", "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}
+        plot.add_trace(go.Scatter(x=pages + pages[::-1], y=ends, name="price band", **shade))
+    plot.add_trace(go.Scatter(x=pages, y=[one.mid for one in costs], mode="lines", line={"color": BLUE, "width": 2}, name="training and running"))
+    running = told.running_usd_per_page.mid
+    plot.add_trace(go.Scatter(x=[pages[0], pages[-1]], y=[running] * 2, mode="lines", line={"color": GREY, "dash": "dash"}, name="running alone"))
+    trained = [told.training_usd.mid / count for count in pages]
+    plot.add_trace(go.Scatter(x=pages, y=trained, mode="lines", line={"color": GREY, "dash": "dot"}, name="training alone"))
+    even = told.break_even_pages.mid
+    plot.add_vline(x=even, line={"color": RED, "dash": "dash", "width": 1.5})
+    plot.add_annotation(text=f"break-even: {number(even)} pages", x=math.log10(even), y=1, yref="paper", xanchor="left", xshift=6, yanchor="top", showarrow=False, font={"color": RED})
+    plot.update_xaxes(title="pages written over the model's life", **log_ticks(pages))
+    plot.update_yaxes(title="$ per page", **log_ticks([costs[0].mid, running / 2], money), range=[math.log10(running / 5), math.log10(costs[0].high or costs[0].mid)])
+    return Figure(name, head, "Training $ over the pages, and running $ for each. Dashed red: both have cost the same. The band is over the stated prices.", dressed(plot))
+
+
 def _ratio_bars(known: dict[str, Band]) -> go.Bar:
     """A bar per ratio, with its band as a whisker."""
     bands = list(known.values())
@@ -503,10 +530,10 @@ def _copies_axis(stages: list[Stage]) -> dict[str, Any]:
     asked_for = [float(one.copies.asked) for one in stages if one.copies.asked is not None]
     timed = len(asked_for) < len(stages)
     title = "copies (in open loop: in flight, measured)" if timed else "copies asked for"
-    return {"title": title, **_load_axis(_asked(stages), asked_for)}
+    return {"title": title, **load_axis(_asked(stages), asked_for)}
 
 
-def _load_axis(loads: list[float], ticks: list[float]) -> dict[str, Any]:
+def load_axis(loads: list[float], ticks: list[float]) -> dict[str, Any]:
     """A log axis over these loads; ticks a quarter apart at least, at round numbers where fewer than two are left."""
     low, high = math.log10(min(loads)), math.log10(max(loads))
     pad = max(0.08, 0.04 * (high - low))

@@ -162,6 +162,27 @@ def judged(streams: Streams, window: summary.Window, asked: PlainStage) -> Strea
     return streams.where(streams.ok & (from_s >= window.start_s) & (from_s <= window.end_s))
 
 
+def _window_streams(spec: Spec, recording: Recording, span: Span) -> tuple[Streams, PlainStage]:
+    """The streams of a level that are judged by the SLO, and the stage that asked for them."""
+    asked, streams = windows.played(spec, span), _of(recording, span)
+    window = windows.find(asked, span, streams, _end_s(span, recording)).window
+    return (judged(streams, window, asked) if window else streams.where(np.zeros(len(streams.stage), dtype=bool))), asked
+
+
+def held_speed(spec: Spec, recording: Recording, span: Span, slo: Slo) -> tuple[int, int]:
+    """How many streams of a level are judged, and how many of them held this SLO's speed and TTFT."""
+    counted, asked = _window_streams(spec, recording, span)
+    return len(counted.stage), attained(counted, slo, asked)
+
+
+def effective_speeds(spec: Spec, recording: Recording, span: Span, slo: Slo) -> Floats:
+    """Tokens/s of each judged stream of a level, (tokens - 1) / (last - first); 0 where it missed the TTFT, infinite with one token."""
+    counted, asked = _window_streams(spec, recording, span)
+    steps, took_s = np.maximum(counted.output_tokens - 1, 0), counted.last_s - counted.first_s
+    speeds = np.divide(steps, took_s, out=np.full(len(steps), np.inf), where=(steps > 0) & (took_s > 0))
+    return np.asarray(np.where(counted.first_s - begun_s(counted, asked) <= slo.ttft_s, speeds, 0.0), dtype=np.float64)
+
+
 def _words_per_token(streams: Streams, window: summary.Window) -> float | None:
     """Measured on the decoded text of the ok requests that overlap the window."""
     counted = streams.ok & ~np.isnan(streams.output_words) & ~np.isnan(streams.output_tokens)

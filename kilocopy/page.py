@@ -17,7 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from kilocopy import report
+from kilocopy import report, sections
+from kilocopy.charts import charts
 from kilocopy.figures import Figure, figures
 from kilocopy.report import DASH, band, counted, from_spec, interval, latency, load_label, money, number, percent, place, seconds, times
 from kilocopy.summary import Cost, Ratio, Stage, Summary, Throughput
@@ -64,7 +65,8 @@ matchMedia("print").addEventListener("change", draw);
 
 def render_html(summary: Summary) -> str:
     """The whole report as one self-contained page; byte for byte the same from the same summary."""
-    drawn = figures(summary)
+    charted = charts(summary)
+    drawn = [*charted, *figures(summary)]
     notes = [(stage, f"{note.code}: {note.sentence}") for stage in summary.stages for note in stage.verdict.notes]
     shared_said = [(stages, said) for stages, said in report.once(summary, notes) if stages.startswith("stages ")]
     shared = {said for _, said in shared_said}
@@ -80,12 +82,14 @@ def render_html(summary: Summary) -> str:
     return environment.get_template("report.html.j2").render(
         summary=summary,
         name=str(summary.run.get("name") or summary.run.get("id") or "run"),
-        cards=_cards(summary),
+        cards=_cards(summary) if summary.experiment is None or summary.experiment.kind == "frontier" else [],
         stages=[_stage(stage, pages, shared) for stage in summary.stages],
         shared=shared_said,
         latencies=list(report.LATENCIES.values()),
         money_unit="$/page" if pages == 1 else f"$ per {pages:,} pages",
-        figures=drawn,
+        figures=drawn[len(charted) :],
+        experiment=sections.section(summary, pages),
+        charts=charted,
         searches=[(search, report.search_rows(search)) for search in summary.searches],
         search_heads=report.SEARCH_HEADS,
         steps=[(f"{place(stage)}: {stage.title}", report.step_rows(stage)) for stage in summary.stages if stage.steps],
@@ -98,6 +102,7 @@ def render_html(summary: Summary) -> str:
         shown=place(at) if (at := report.shown_stage(summary)) else "",
         ratios=[_ratio(ratio) for ratio in summary.overhang.ratios] if summary.overhang else [],
         n_cluster=number(summary.overhang.n_cluster) if summary.overhang else DASH,
+        corpus=list(report.corpus_lines(summary)) if summary.corpus else [],
         humans=_humans(summary),
         checks=_checks(summary),
         prices=[_price(price) for price in summary.prices],

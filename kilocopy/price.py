@@ -374,7 +374,7 @@ def overhang(spec: Spec, recorded: Mapping[str, Any] | None, stage: Stage | None
     training = training_of(spec, recorded)
     if training is None or stage is None or stage.throughput is None or stage.window is None or stage.cost is None:
         return None
-    n_cluster = training.gpus / spec.cluster.devices * n_slo if training.gpus and n_slo and _on_gpus(spec) else None
+    n_cluster = training.gpus / spec.cluster.devices * n_slo if training.gpus and n_slo and on_gpus(spec) else None
     return Overhang(
         stage=stage.index,
         level=stage.level,
@@ -389,7 +389,8 @@ def overhang(spec: Spec, recorded: Mapping[str, Any] | None, stage: Stage | None
     )
 
 
-def _on_gpus(spec: Spec) -> bool:
+def on_gpus(spec: Spec) -> bool:
+    """Whether devices are GPUs; else the host is one."""
     return isinstance(spec.cluster.hardware, GpuReplica)
 
 
@@ -408,7 +409,7 @@ def _ratio(
     elif running is None or running.mid <= 0:
         sentence = f"No ratio: of the running, {hows[1]}."
     else:
-        ratio = _over(trained, running, training.shares_prices)
+        ratio = over(trained, running, training.shares_prices)
         sides = f"Training {_said(trained('mid'), units[0])} ({hows[0]}), running {_said(running.mid, units[1])} ({hows[1]})"
         sentence = f"{sides}: {_said(ratio.mid)} pages of running equal the training."
     return Ratio(
@@ -423,7 +424,7 @@ def _ratio(
     )
 
 
-def _over(trained: Figure, running: Band, shares_prices: bool) -> Band:
+def over(trained: Figure, running: Band, shares_prices: bool) -> Band:
     """Training over running. Where both rest on the same prices, they move together; else the ends are the opposite corners."""
     low, high = (trained("low"), trained("high")) if shares_prices else (trained("high"), trained("low"))
     floor, ceiling = corner_of(running, "low"), corner_of(running, "high")

@@ -8,47 +8,158 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kilocopy import __version__, measure, price, recording, records, windows
+from kilocopy import __version__, experiment, measure, price, recording, records, windows
+from kilocopy.corpus import corpus
+from kilocopy.findings import Played, find
 from kilocopy.headline import headline, searches
 from kilocopy.problem import ProblemError
 from kilocopy.references import REFERENCES
-from kilocopy.spec import Spec
-from kilocopy.summary import SCHEMA_VERSION, Stage, Summary
+from kilocopy.spec import FrontierExperiment, Spec
+from kilocopy.summary import SCHEMA_VERSION, Bin, Headline, Stage, Summary
+
+NOT_ASKED = "N_SLO is not asked by this experiment: its levels differ in more than their copies. A frontier, a search or plain stages ask for it."
+GAP_S = 5.0  # between two parts of an experiment on its axis of time; what truly lay between them is left out
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run directory: what it was, and its stages as measured."""
+
+    manifest: dict[str, Any]
+    spec: Spec
+    recorded: recording.Recording
+    spans: list[windows.Span]
+    stages: list[Stage]
 
 
 def summarise(run_dir: Path) -> Summary:
-    """Measure and price a run from its directory. Raises ProblemError where there is no run to read."""
+    """Measure and price a run, or an experiment, from its directory. Raises ProblemError where there is no run to read."""
     manifest = read_manifest(run_dir)
+    if experiment.is_home(manifest):
+        return _experiment(run_dir, manifest)
+    run = _measured(run_dir, manifest)
+    damaged = [name for name in records.cut_off(run_dir) if name.startswith("requests/")]
+    status, status_sentence = _status(run.spec, run.recorded.events, run.spans, damaged)
+    searched = searches(run.spec, run.stages)
+    head = headline(run.spec, run.stages, searched, status_sentence if status == "interrupted" else "")
+    return _summary(
+        manifest,
+        run.spec,
+        run.stages,
+        head,
+        status=status,
+        status_sentence=status_sentence,
+        searches=searched,
+        timeline=measure.timeline(run.recorded, run.spans),
+    )
+
+
+def _measured(run_dir: Path, manifest: dict[str, Any]) -> Measured:
     spec = _spec(run_dir, manifest)
     recorded = recording.load(run_dir)
     found = [span for span in windows.spans(recorded.events) if 0 <= span.index < len(spec.stages)]
-    stages = [_stage(spec, recorded, span, manifest) for span in found]
-    damaged = [name for name in records.cut_off(run_dir) if name.startswith("requests/")]
-    status, status_sentence = _status(spec, recorded.events, found, damaged)
-    searched = searches(spec, stages)
-    head = headline(spec, stages, searched, status_sentence if status == "interrupted" else "")
+    return Measured(manifest, spec, recorded, found, [_stage(spec, recorded, span, manifest) for span in found])
+
+
+def _summary(manifest: dict[str, Any], spec: Spec, stages: list[Stage], head: Headline, **more: Any) -> Summary:
+    """What runs and experiments have in common."""
     shown = (head.n_slo_stage, head.n_slo_level) if head.n_slo_stage is not None else (head.best_stage, head.best_level)
     at_stage = next((stage for stage in stages if (stage.index, stage.level) == shown), None)
     return Summary(
         schema_version=SCHEMA_VERSION,
         kilocopy_version=__version__,
         run=manifest,
-        status=status,
-        status_sentence=status_sentence,
         page_words=spec.page.words,
         stages=stages,
-        searches=searched,
-        timeline=measure.timeline(recorded, found),
         headline=head,
         overhang=price.overhang(spec, manifest.get("training"), at_stage, head.n_slo),
+        corpus=corpus(spec, manifest.get("training"), at_stage),
         prices=price.prices_used(spec),
         references=list(REFERENCES),
+        **more,
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- an experiment
+
+
+def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
+    """The levels of all parts as the stages of one summary, and what they say together.
+
+    A level that is done counts where it was done; one that was only begun is shown, void, as its last part left it.
+    """
+    spec = _spec(home, manifest)
+    levels = [level for serving in experiment.plan(spec) for block in serving.blocks for level in block.levels]
+    finished = experiment.done(home, read_manifest)
+    played: dict[str, Played] = {}
+    bins: list[Bin] = []
+    damaged: list[str] = []
+    at_s = 0.0
+    for part in experiment.parts(home):
+        run = _measured(part, read_manifest(part))
+        named = run.manifest.get(experiment.LEVELS_KEY) or []
+        numbers = {}
+        for span, stage in zip(run.spans, run.stages, strict=True):
+            level = named[span.index] if span.index < len(named) else None
+            if level in levels and finished.get(level, (part, span.index)) == (part, span.index):
+                numbers[span.index] = levels.index(level)
+                played[level] = Played(level, run.spec, _moved(stage, numbers[span.index], at_s), run.recorded, span)
+        bins += [_moved_bin(one, numbers.get(one.stage, -1), at_s) for one in measure.timeline(run.recorded, run.spans)]
+        damaged += _damaged(part, run.recorded.events)
+        at_s = (bins[-1].t_s if bins else at_s) + 1 + GAP_S
+    ordered = [played[level] for level in levels if level in played]
+    status, sentence = _experiment_status(home, len(levels), len(finished), damaged)
+    head, found = headline(spec, [one.stage for one in ordered], [], ""), find(spec, ordered, manifest)
+    if not isinstance(spec.experiment, FrontierExperiment):
+        head = Headline(n_slo=None, n_slo_stage=None, best_stage=None, sentence=head.sentence, n_slo_sentence=NOT_ASKED)
+    if found is not None:
+        said = found.sentence if status == "complete" else f"{found.sentence} {sentence}"
+        head = head.model_copy(update={"sentence": said})
+    return _summary(
+        manifest,
+        spec,
+        [one.stage for one in ordered],
+        head,
+        status=status,
+        status_sentence=sentence,
+        searches=[],
+        timeline=bins,
+        experiment=found,
+    )
+
+
+def _moved(stage: Stage, index: int, by_s: float) -> Stage:
+    """A stage of a part as the n-th level of the experiment, on its axis of time."""
+    window = stage.window
+    if window is not None:
+        window = window.model_copy(update={"start_s": window.start_s + by_s, "end_s": window.end_s + by_s})
+    return stage.model_copy(update={"index": index, "start_s": stage.start_s + by_s, "end_s": stage.end_s + by_s, "window": window})
+
+
+def _moved_bin(one: Bin, stage: int, by_s: float) -> Bin:
+    return one.model_copy(update={"stage": stage, "t_s": one.t_s + by_s})
+
+
+def _damaged(part: Path, events: Sequence[dict[str, Any]]) -> list[str]:
+    """Request files that end early although their run came to its end."""
+    if not any(event["event"] == "run_end" and event.get("reason") == "complete" for event in events):
+        return []
+    return [f"{part.name}/{name}" for name in records.cut_off(part) if name.startswith("requests/")]
+
+
+def _experiment_status(home: Path, asked: int, finished: int, damaged: Sequence[str]) -> tuple[Literal["complete", "interrupted"], str]:
+    if damaged:
+        return "interrupted", f"The records are damaged: {', '.join(damaged)} is cut off, and rows are missing."
+    if finished == asked:
+        return "complete", f"Complete: {asked} of {asked} levels were played to their end."
+    rest = f"`kilocopy run SPEC --resume {home.name}` plays the rest" if finished else "`kilocopy run SPEC --resume` begins again"
+    return "interrupted", f"{finished} of {asked} levels were played to their end; {rest}."
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:

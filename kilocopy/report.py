@@ -236,6 +236,7 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
         yield Text()
         yield _latency_table(summary)
         yield wrapped("Latencies: p50 / p90 / p99, of requests sent and finished inside the window.", width, style="dim")
+    yield from _experiment(summary, width)
     for search in summary.searches:
         yield Text()
         yield wrapped(f"Search, stage {search.stage}: {search.sentence}", width)
@@ -252,6 +253,26 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
             yield from (wrapped(sentence, width, indent="  ") for sentence in sentences)
 
 
+def _experiment(summary: Summary, width: int) -> Iterator[Text | Table]:
+    """The section of an experiment."""
+    from kilocopy.sections import section  # noqa: PLC0415  it writes with this module's notation
+
+    found = section(summary, pages_unit(summary))
+    if found is None:
+        return
+    yield Text()
+    yield wrapped(found.title, width, style="bold")
+    for table in found.tables:
+        yield Text()
+        yield wrapped(table.title, width)
+        yield _rows(table.heads, table.rows)
+        if table.legend:
+            yield wrapped(table.legend, width, style="dim")
+    if found.sentences:
+        yield Text()
+    yield from (wrapped(sentence, width, indent="  ") for sentence in found.sentences)
+
+
 def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
     """The lists of sentences below the table."""
     if all(summary.headline.n_slo_sentence != search.sentence for search in summary.searches):
@@ -261,6 +282,8 @@ def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:
         yield f"Cost at {load_label(stage)} (stage {place(stage)})", list(_cost(stage, pages_unit(summary)))
     if summary.overhang is not None:
         yield f"Overhang: training over running, in {summary.overhang.ratio_unit}", list(_overhang(summary))
+    if summary.corpus is not None:
+        yield "Own corpus: the model against its own training", list(corpus_lines(summary))
     yield "Verdicts", list(_verdicts(summary))
     yield "Driver", list(driver_lines(summary))
     yield "Checks", list(_checks(summary))
@@ -450,6 +473,29 @@ def _overhang(summary: Summary) -> Iterator[str]:
     yield from (ratio_line(ratio) for ratio in summary.overhang.ratios)
     if summary.overhang.n_cluster is not None:
         yield f"N_cluster: the training cluster would hold {number(summary.overhang.n_cluster)} copies."
+
+
+def corpus_lines(summary: Summary) -> Iterator[str]:
+    """What the model would need to write its own training corpus, and what a page costs over its life."""
+    told = summary.corpus
+    assert told is not None  # noqa: S101  # the caller looked
+    each = f"{number(told.output_tokens_per_day_per_device)} tokens a day for each device, as generated: whether they are worth training on is another question."
+    yield each
+    if told.training_tokens is not None and told.days_one_device is not None:
+        days = f"{number(told.days_one_device)} days on one device, {number(told.days_serving)} on the {told.devices:g} that served"
+        days += f", {number(told.days_training_cluster)} on as many as trained it" if told.days_training_cluster is not None else ""
+        yield f"Its own training corpus, {number(told.training_tokens)} tokens: {days}."
+    if told.copies_on_training_cluster is not None:
+        yield (
+            f"The {number(told.training_gpus)} GPUs that trained it would run {number(told.copies_on_training_cluster)} copies, "
+            "if each held as many as a GPU that served."
+        )
+    if told.break_even_pages is not None:
+        yield (
+            f"Lifetime cost of a page: {band(told.training_usd, money)} of training over the pages written, and {band(told.running_usd_per_page, money)} of running. "
+            f"Break-even at {band(told.break_even_pages)} pages: from there on running has cost more than training."
+        )
+    yield from told.missing
 
 
 def ratio_line(ratio: Ratio) -> str:

@@ -19,15 +19,14 @@ from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
 from kilocopy.scrape import Scraper, write_targets
-from kilocopy.spec import Spec, load, streams_max
+from kilocopy.spec import Spec, streams_max
 from kilocopy.summary import Summary
 
 ERR = Console(stderr=True, highlight=False)
 
 
-def run(spec_path: Path, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False, workers: int = 1) -> Path:
+def run(spec: Spec, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False, workers: int = 1) -> Path:
     """All of it in order; returns the path of summary.json. Ctrl-C at any time stops what was started and reports what is there."""
-    spec = load(spec_path)
     check(spec, runs, workers)
     with serve(spec, keep=keep) as state:
         shares_host = spec.cluster.address == "local"
@@ -85,15 +84,29 @@ def _show_start(state: dict[str, Any], line: Any) -> None:
         ERR.print(text)
 
 
-def drive(spec: Spec, runs: Path, url: str, *, targets: list[str], web: bool, shares_host: bool, workers: int = 1) -> Path:
-    """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there."""
+def drive(
+    spec: Spec,
+    runs: Path,
+    url: str,
+    *,
+    targets: list[str],
+    web: bool,
+    shares_host: bool,
+    workers: int = 1,
+    roofline: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Path:
+    """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there.
+
+    `roofline`: what this host's driver can read, where it was measured already; `more`: what else the manifest is to say.
+    """
     check(spec, runs, workers)
     key = os.environ.get("KILOCOPY_API_KEY")
     driving.probe(url, spec.model.id, key, 30, endpoint=spec.workload.endpoint)
-    roofline = limits.roofline()
+    roofline = roofline or limits.roofline()
     for sentence in limits.warnings(spec, roofline, workers):
         ERR.print(f"[yellow]drive[/]  {sentence}")
-    more = {"driver_roofline": roofline, "driver_workers": workers}
+    more = {"driver_roofline": roofline, "driver_workers": workers, **(more or {})}
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy", more=more)
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     with contextlib.suppress(OSError):  # a run goes on without being watched

@@ -71,9 +71,8 @@ def check(spec: Spec) -> None:
         raise ProblemError(
             f"{CHECKOUT}: serving runs from the checkout, and cluster/ is not beside the installed package; clone the repository and run `make setup`"
         )
+    enough_gpus(spec)
     if spec.cluster.address == "local":
-        if not isinstance(spec.cluster.hardware, CpuReplica):
-            _enough_gpus(spec)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -101,7 +100,10 @@ def model_on_disk(spec: Spec) -> None:
         )
 
 
-def _enough_gpus(spec: Spec) -> None:
+def enough_gpus(spec: Spec) -> None:
+    """A Ray of our own has this host's GPUs and no others. Raises ProblemError."""
+    if spec.cluster.address != "local" or isinstance(spec.cluster.hardware, CpuReplica):
+        return
     from kilocopy.manifest import gpus  # noqa: PLC0415
 
     have = len(gpus())

@@ -30,7 +30,7 @@ Count = Annotated[int, Field(ge=1)]
 TAGS = {
     "measured", "published", "cpu", "gpu", "synthetic", "file", "owned", "rented",
     "closed", "constant", "poisson", "gamma", "ramp", "steps", "trace", "search",
-    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset",
+    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset", "frontier", "scaling", "best_of_n", "k_shot",
 }  # fmt: skip
 
 
@@ -474,6 +474,112 @@ def streams_max(stage: PlainStage | SearchStage) -> int:
     return stage.max_in_flight
 
 
+class Timed(Strict):
+    """How long each level of an experiment is held; every level is a closed stage."""
+
+    duration_s: Positive = Field(30, description="Time of each level after its warm-up.")
+    warmup_s: NonNegative = 5
+    ramp_s: NonNegative = 2
+
+    def at(self, copies: int) -> ClosedStage:
+        """The closed stage of so many copies."""
+        times = self.model_dump(include={"duration_s", "warmup_s", "ramp_s"})
+        return ClosedStage(arrival="closed", copies=copies, **times)
+
+
+def _levels(listed: tuple[int, ...] | None, most: int | None, factor: float) -> tuple[int, ...]:
+    """The levels that were listed, else 1, factor, factor^2, ... up to `most`, in whole numbers."""
+    if listed is not None:
+        return tuple(sorted(listed))
+    assert most is not None  # noqa: S101  the validators ask for one of the two
+    found, at = [], 1.0
+    while round(at) < most:
+        found.append(round(at))
+        at = max(at * factor, round(at) + 1)
+    return (*found, most)
+
+
+class _Leveled(Timed):
+    """Levels listed, or geometric up to a largest one."""
+
+    factor: Annotated[float, Field(gt=1, le=16)] = Field(2, description="Each level is so many times the one before; where they are not listed.")
+
+    def _one_way(self, name: str, listed: tuple[int, ...] | None, most: int | None) -> None:
+        if (listed is None) == (most is None):
+            raise ValueError(f"give exactly one of {name} and {name}_max")
+        if listed is not None and len(set(listed)) < len(listed):
+            raise ValueError(f"{name}: a level stands twice; levels are repeated by the experiment itself where it repeats")
+
+
+class FrontierExperiment(_Leveled):
+    """Copies 1..N on the hardware as it stands: what each further copy adds, and how many hold a speed."""
+
+    kind: Literal["frontier"]
+    copies: tuple[Count, ...] | None = Field(None, min_length=1, description="The levels; or copies_max, for 1, 2, 4, ... up to it.")
+    copies_max: Count | None = None
+    random_order: bool = Field(False, description="Play the levels in a seeded random order, so that a drift of the machine is no trend.")
+    speeds_tokens_per_s: tuple[Positive, ...] = Field((5, 10, 13.3, 20, 50), min_length=1, description="Speeds per copy for which N_SLO is told.")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Copies of each level, rising."""
+        return _levels(self.copies, self.copies_max, self.factor)
+
+    @model_validator(mode="after")
+    def _whole(self) -> FrontierExperiment:
+        self._one_way("copies", self.copies, self.copies_max)
+        return self
+
+
+class ScalingExperiment(_Leveled):
+    """Replicas 1..R, each with the same number of copies, each level served anew several times in random order."""
+
+    kind: Literal["scaling"]
+    replicas: tuple[Count, ...] | None = Field(None, min_length=1, description="The levels; or replicas_max, for 1, 2, 4, ... up to it.")
+    replicas_max: Count | None = None
+    copies_per_replica: Count
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(3, description="How often each level is served anew; fewer than 3 carry no interval and no fit.")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Replicas of each level, rising."""
+        return _levels(self.replicas, self.replicas_max, self.factor)
+
+    @model_validator(mode="after")
+    def _whole(self) -> ScalingExperiment:
+        self._one_way("replicas", self.replicas, self.replicas_max)
+        return self
+
+
+class Verifier(Strict):
+    """A command that says whether an answer is right: the answer on its standard input, exit code 0 for yes."""
+
+    command: tuple[str, ...] = Field(min_length=1, description="Program and arguments; it is run without a shell, in the current directory.")
+    timeout_s: Positive = Field(10, description="An answer whose verifier takes longer counts as wrong.")
+
+
+class BestOfNExperiment(Timed):
+    """n samples of one prompt in one request, against n requests for the same prompt."""
+
+    kind: Literal["best_of_n"]
+    samples: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field((1, 2, 4, 8), min_length=1, description="The values of n.")
+    prompts_in_flight: Count = Field(description="Prompts that are being answered at once: a level has n times as many copies.")
+    verifier: Verifier | None = Field(None, description="For pass@n. The answers' texts are then kept in the run directory.")
+
+
+class KShotExperiment(Timed):
+    """What k examples in front of every question cost, with the engine's prefix cache and without."""
+
+    kind: Literal["k_shot"]
+    examples: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field((0, 1, 2, 4, 8), min_length=1, description="The values of k.")
+    tokens_per_example: Count = Field(description="The same k examples, of so many tokens each, stand in front of every prompt.")
+    copies: Count
+    repeats: Annotated[int, Field(ge=1, le=100)] = 2
+
+
+Experiment = Annotated[FrontierExperiment | ScalingExperiment | BestOfNExperiment | KShotExperiment, Field(discriminator="kind")]
+
+
 class Slo(Strict):
     """What a copy must get to count: at least `quantile` of the streams hold the speed and TTFT, errors under their limit."""
 
@@ -544,7 +650,8 @@ class Spec(Strict):
     model: Model
     cluster: Cluster
     workload: Workload
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field([], description="What is played, one after the other; or give `experiment`.")
+    experiment: Experiment | None = Field(None, description="A question that kilocopy makes the stages for, instead of `stages`.")
     slo: Slo = Slo()
     page: Page = Page()
     prices: Prices
@@ -556,6 +663,12 @@ class Spec(Strict):
                 "cluster.engine.load_format: dummy fills the weights at random, and the words of such a model are none to count: "
                 "state page.words_per_token with its source (0.75 is usual for English)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_play(self) -> Spec:
+        if bool(self.stages) == (self.experiment is not None):
+            raise ValueError("give exactly one of stages (with at least one stage) and experiment")
         return self
 
     @property

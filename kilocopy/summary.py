@@ -5,9 +5,9 @@ Figures that do not exist are null, never zero. Times are seconds since the run'
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 2
 
@@ -278,6 +278,33 @@ class Overhang(Frozen):
     ratio_unit: str  # "pages of 500 words"
 
 
+class LifetimeCost(Frozen):
+    """What a page costs over the life of a model that writes so many: training $ / pages + running $ per page."""
+
+    pages: float
+    usd_per_page: Band
+
+
+class Corpus(Frozen):
+    """The model against its own training, at the stage named; what is not known is null, and `missing` says what would tell it."""
+
+    stage: int
+    level: int = 0
+    output_tokens_per_day_per_device: float
+    devices: float
+    training_tokens: float | None
+    days_one_device: float | None  # to write as many tokens as it was trained on
+    days_serving: float | None  # on all devices that served
+    days_training_cluster: float | None  # on as many devices as trained it
+    training_gpus: float | None
+    copies_on_training_cluster: float | None  # copies in flight x training GPUs / serving GPUs
+    training_usd: Band | None
+    running_usd_per_page: Band | None
+    break_even_pages: Band | None  # pages at which training and running have cost the same
+    lifetime: list[LifetimeCost]  # three decades on each side of the break-even
+    missing: list[str]
+
+
 class SearchLevel(Frozen):
     """One load that a search tried, as the records show it."""
 
@@ -331,6 +358,127 @@ class Reference(Frozen):
     source: str
 
 
+# ---------------------------------------------------------------------------------------------------------------- experiments
+
+
+class FrontierLevel(Frozen):
+    """One level of a frontier: so many copies at once. Figures are null where its stage is void, or nothing recorded them."""
+
+    stage: int
+    copies: int
+    verdict: Literal["valid", "latency_withheld", "void"]
+    output_tokens_per_s: Estimate | None
+    output_tokens_per_s_per_copy: float | None
+    usd_per_page: Band | None
+    wh_per_page: Band | None
+    energy_source: Literal["measured", "assumed", "not_measured"]
+    kv_cache_fraction: float | None  # of its KV cache that a replica used, mean over the window and the replicas
+    kv_cache_fraction_max: float | None  # the most that any replica used at any scrape
+    speed: Estimate | None  # tokens/s that the SLO's quantile of the streams held at least, TTFT within its limit; 95 % by order statistics
+
+
+class Marginal(Frozen):
+    """What each further copy does between two neighbouring levels; 95 % from the intervals of the two."""
+
+    from_copies: int
+    to_copies: int
+    gain_tokens_per_s: Estimate  # of the total, for each further copy
+    share_of_a_copy: float  # the gain over what a copy had at the lower level
+    others_lose_tokens_per_s: float  # by all that were there before, together, for each further copy
+    wh_per_page: float | None  # joules that came with the further copies over the pages that did; null where energy is not measured
+    usd_per_page: float | None  # money that came with them over those pages: electricity of owned hardware; rent is paid either way
+
+
+class Knee(Frozen):
+    """Where power, (tokens/s)^2 / copies, is largest; null where the sweep does not enclose it."""
+
+    copies: float | None
+    low: float | None
+    high: float | None
+    sentence: str
+
+
+class SpeedLimit(Frozen):
+    """N_SLO at one speed, from the sweep: the largest level that held, what encloses it, and where the quantile's curve crosses the speed."""
+
+    tokens_per_s: float
+    held: int | None  # the largest level that held, no smaller one having missed
+    clearly_held: int | None  # the largest whose Wilson interval is wholly above the quantile
+    clearly_missed: int | None  # the smallest above it whose interval is wholly below
+    crossing: Estimate | None  # interpolated between levels; null where the curve does not cross inside the sweep
+    n_cluster: float | None  # copies of the cluster that trained the model, at `held`
+    sentence: str
+
+
+class FrontierFinding(Frozen):
+    """Copies 1..N on fixed hardware."""
+
+    kind: Literal["frontier"] = "frontier"
+    sentence: str
+    notes: list[str]  # what could not be said, and why
+    quantile: float
+    levels: list[FrontierLevel]
+    marginals: list[Marginal]
+    knee: Knee
+    speeds: list[SpeedLimit]
+    n_human: dict[str, float]  # at the level of most tokens/s, by words per minute
+
+
+class ScalingServing(Frozen):
+    """One serving of so many replicas that counts."""
+
+    stage: int
+    replicas: int
+    output_tokens_per_s: float
+
+
+class Loss(Frozen):
+    """Tokens/s for each copy asked, against one replica, as a product of four parts; each part 1 where nothing was lost on it."""
+
+    driver: float  # copies in flight over copies asked
+    proxy: float  # copies at the engines over copies in flight: what is between driver and engine
+    queue: float  # sequences running over copies at the engines: what waits for a place
+    engine: float  # tokens/s for each running sequence
+    imbalance: float  # running sequences of the busiest replica over the mean of all: what the router did; not a part of the product
+
+
+class ScalingLevel(Frozen):
+    """So many replicas, over all servings that count; intervals are between servings."""
+
+    replicas: int
+    servings: int
+    output_tokens_per_s: Estimate
+    efficiency: Estimate | None  # throughput per replica over that of one; null without a serving of one
+    loss: Loss | None  # null where the servers' gauges were not recorded
+
+
+class UslFit(Frozen):
+    """X(R) = rate_of_one R / (1 + sigma (R - 1) + kappa R (R - 1)): the simplest law that the repeats do not contradict."""
+
+    law: Literal["usl", "amdahl", "linear"]
+    rate_of_one: Estimate
+    sigma: Estimate
+    kappa: Estimate
+    peak: Estimate | None  # replicas of most throughput; null unless kappa's interval excludes 0
+    lack_of_fit_p: float | None
+
+
+class ScalingFinding(Frozen):
+    """Replicas 1..R at a fixed load for each."""
+
+    kind: Literal["scaling"] = "scaling"
+    sentence: str
+    notes: list[str]
+    sharing: str | None  # what the replicas share, where it is less than a device each
+    copies_per_replica: int
+    levels: list[ScalingLevel]
+    servings: list[ScalingServing]
+    fit: UslFit | None
+
+
+Finding = Annotated[FrontierFinding | ScalingFinding, Field(discriminator="kind")]
+
+
 class Summary(Frozen):
     """summary.json."""
 
@@ -345,5 +493,7 @@ class Summary(Frozen):
     timeline: list[Bin]
     headline: Headline
     overhang: Overhang | None
+    corpus: Corpus | None = None
+    experiment: Finding | None = None  # what an experiment found
     prices: list[dict[str, Any]]  # every price used: name, value, low, high, unit, source, date
     references: list[Reference]

@@ -1,0 +1,135 @@
+"""An experiment: which levels answer a question, what serves them, and a directory in which they are kept until all are there.
+
+    runs/<time>_<name>/
+        manifest.json        the spec with its `experiment`, and what else a manifest says
+        parts/<time>_<name>/ an ordinary run directory for each time that the driver was started: one or several levels
+        verdicts/*.arrow     what a verifier said of each answer, where the experiment has one
+        summary.json, report.html
+
+A level is done once its streams have drained and the counters have settled. What was cut off stays on the disk and is played again
+in a part of its own, so `--resume` goes on from any kill, and a level's clock is never a mixture of two runs. Each part draws
+prompts of its own: no prefix cache answers with what an earlier part asked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kilocopy import records, schedule, windows
+from kilocopy.problem import ProblemError
+from kilocopy.spec import ClosedStage, FrontierExperiment, ScalingExperiment, Spec
+
+PARTS = "parts"
+LEVELS_KEY = "experiment_levels"  # of a part's manifest: the level that each of its stages is
+
+
+@dataclass(frozen=True)
+class Block:
+    """Levels that one driver plays one after the other; `spec` is a plain one, whose stages they are."""
+
+    levels: tuple[str, ...]
+    spec: Spec
+
+    def without(self, finished: Collection[str], part: int) -> Block:
+        """The levels that are still to be played, as part number `part` of the experiment, with prompts of its own."""
+        kept = [(level, stage) for level, stage in zip(self.levels, self.spec.stages, strict=True) if level not in finished]
+        workload = self.spec.workload.model_copy(update={"seed": schedule.draw(self.spec.workload.seed, "part", part)})
+        spec = self.spec.model_copy(update={"stages": [stage for _, stage in kept], "workload": workload})
+        return Block(tuple(level for level, _ in kept), spec)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is served for the time of some blocks. `fresh`: it has to be started for them, whatever ran before."""
+
+    spec: Spec
+    blocks: tuple[Block, ...]
+    fresh: bool = False
+
+
+def plan(spec: Spec) -> list[Serving]:
+    """Everything that an experiment plays, in order; the same for the same spec."""
+    make = PLANS[type(spec.experiment)]
+    return make(spec, spec.experiment)
+
+
+def plain(spec: Spec, stages: list[ClosedStage], **changes: Any) -> Spec:
+    """A spec without experiment that plays these stages."""
+    return spec.model_copy(update={"experiment": None, "stages": stages, **changes})
+
+
+def _frontier(spec: Spec, asked: FrontierExperiment) -> list[Serving]:
+    copies = list(asked.levels)
+    if asked.random_order:
+        random.Random(schedule.draw(spec.workload.seed, "order")).shuffle(copies)  # noqa: S311  # a seeded plan, not a secret
+    served = plain(spec, [asked.at(count) for count in copies])
+    return [Serving(served, (Block(tuple(_copies(count) for count in copies), served),))]
+
+
+def _scaling(spec: Spec, asked: ScalingExperiment) -> list[Serving]:
+    """Each level as often as it repeats, all in one seeded random order: a machine that warms up or tires is no trend then."""
+    order = [(count, repeat) for repeat in range(asked.repeats) for count in asked.levels]
+    random.Random(schedule.draw(spec.workload.seed, "order")).shuffle(order)  # noqa: S311  # a seeded plan, not a secret
+    servings = []
+    for count, repeat in order:
+        cluster = spec.cluster.model_copy(update={"replicas": count})
+        served = plain(spec, [asked.at(asked.copies_per_replica * count)], cluster=cluster)
+        name = f"{count} replica{'' if count == 1 else 's'}, serving {repeat + 1}"
+        servings.append(Serving(served, (Block((name,), served),), fresh=True))
+    return servings
+
+
+def _copies(count: int) -> str:
+    return f"{count} cop{'y' if count == 1 else 'ies'}"
+
+
+PLANS: dict[type, Callable[[Spec, Any], list[Serving]]] = {FrontierExperiment: _frontier, ScalingExperiment: _scaling}
+
+
+# ------------------------------------------------------------------------------------------------------------ its directory
+
+
+def is_home(run_manifest: dict[str, Any]) -> bool:
+    """Whether a manifest is an experiment's."""
+    return bool((run_manifest.get("spec") or {}).get("experiment"))
+
+
+def parts(home: Path) -> list[Path]:
+    """The run directories of an experiment, in order of their beginning."""
+    return sorted(path.parent for path in (home / PARTS).glob("*/manifest.json"))
+
+
+def reopened(home: Path, spec: Spec, kept: dict[str, Any]) -> None:
+    """Whether an experiment may go on with this spec. `kept`: its manifest. Raises ProblemError where it may not."""
+    if not is_home(kept):
+        raise ProblemError(f"--resume {home}: an ordinary run, which cannot be taken up again; experiments can")
+    if kept.get("spec_sha256") != spec.sha256:
+        raise ProblemError(
+            f"--resume {home}: was begun with another spec ({str(kept.get('spec_sha256'))[:12]}, this is {spec.sha256[:12]}): "
+            "levels of two specs do not make one experiment; give the spec it began with, or leave --resume out"
+        )
+
+
+def done(home: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, tuple[Path, int]]:
+    """The levels that are done, each with the part and the stage that hold it; the last one where there are several.
+
+    `read`: a run directory's manifest.
+    """
+    found = {}
+    for part in parts(home):
+        levels = read(part).get(LEVELS_KEY) or []
+        events = [event | {"t_s": event["time_ns"] / 1e9} for event in records.read_events(part)]
+        for span in windows.spans(events):
+            if span.whole and span.settled_s is not None and 0 <= span.index < len(levels):
+                found[levels[span.index]] = (part, span.index)
+    return found
+
+
+def left(serving: Serving, finished: Collection[str], part: int) -> list[Block]:
+    """The blocks of a serving that still have levels to play, with those alone; the first is to be part number `part`."""
+    unfinished = [block for block in serving.blocks if not set(block.levels) <= set(finished)]
+    return [block.without(finished, part + number) for number, block in enumerate(unfinished)]

@@ -1,0 +1,184 @@
+"""Copies 1..N on fixed hardware: where the knee is, what a further copy adds, and how many copies hold a speed.
+
+Everything here is arithmetic over levels that were measured; nothing reads a record. What the data cannot carry is not fitted: each
+function says in a sentence why it has no answer.
+
+The knee is where *power* is largest: throughput over response time (L. Kleinrock, Power and deterministic rules of thumb for
+probabilistic problems in computer communications, ICC 1979). With N copies in a closed loop a token takes N / X(N) seconds, so power is
+X(N)^2 / N, and it is largest where one per cent more copies add half a per cent of throughput. Unlike a knee found by the
+distance from a chord it does not move when the sweep goes further.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from scipy.stats import binom
+
+from kilocopy import search
+from kilocopy.recording import Floats
+from kilocopy.spec import Slo
+from kilocopy.summary import Estimate, Knee
+
+Z_95 = 1.959963984540054
+LEVELS_MIN = 4  # for a knee: two on each side of it, or its place is the levels' and not the data's
+REDRAWS = 1000
+GRID = 400
+
+
+@dataclass(frozen=True)
+class Point:
+    """One level: copies, tokens/s with its 95 % interval."""
+
+    copies: int
+    rate: Estimate
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the rate, from its interval; None where it has none."""
+        if self.rate.low is None or self.rate.high is None:
+            return None
+        return (self.rate.high - self.rate.low) / 2 / Z_95
+
+
+def unsteady(points: Sequence[Point]) -> str | None:
+    """A sentence where throughput clearly falls and clearly rises again: then something else than the copies changed."""
+    ordered = sorted(points, key=lambda point: point.copies)
+    for i, fell in enumerate(ordered):
+        before = max(ordered[:i], key=lambda point: point.rate.low or 0, default=None)
+        after = max(ordered[i + 1 :], key=lambda point: point.rate.low or 0, default=None)
+        if before and after and _clearly_below(fell, before) and _clearly_below(fell, after):
+            return (
+                f"Throughput is not monotone: {fell.rate.value:,.0f} tokens/s at {fell.copies} copies lie clearly below both "
+                f"{before.copies} ({before.rate.value:,.0f}) and {after.copies} ({after.rate.value:,.0f}) copies, which no law of copies explains: "
+                "something else changed between the levels. Run it again, with random_order."
+            )
+    return None
+
+
+def _clearly_below(one: Point, other: Point) -> bool:
+    high, low = one.rate.high, other.rate.low
+    return high is not None and low is not None and high < low
+
+
+def knee(points: Sequence[Point]) -> Knee:
+    """The copies at which power is largest, with a 95 % interval from throughput's own (redrawn normally, seeded).
+
+    Between levels log throughput runs as a monotone cubic in log copies (PCHIP: Fritsch and Butland 1984).
+    """
+    ordered = sorted(points, key=lambda point: point.copies)
+    if len(ordered) < LEVELS_MIN:
+        return _no_knee(f"{len(ordered)} levels that count are too few for a knee: it takes {LEVELS_MIN}")
+    if said := unsteady(ordered):
+        return _no_knee(said.rstrip("."))
+    copies = np.array([point.copies for point in ordered], dtype=np.float64)
+    rates = np.array([point.rate.value for point in ordered])
+    at = float(_power_peaks(copies, rates[None, :])[0])
+    if at > 0.999 * copies[-1]:
+        return _no_knee(f"the knee is not inside the sweep: at {copies[-1]:.0f} copies a further copy still adds more than half of its share")
+    if at < 1.001 * copies[0]:
+        return _no_knee(f"the knee is not inside the sweep: already at {copies[0]:.0f} copies a further one adds less than half of its share")
+    known = [point.deviation for point in ordered]
+    spread = np.array([one or 0.0 for one in known])
+    low = high = None
+    if all(one is not None for one in known):
+        normal = np.random.default_rng(0).standard_normal((REDRAWS, len(ordered)))
+        peaks = _power_peaks(copies, np.maximum(rates + spread * normal, rates * 1e-3))
+        low, high = (float(end) for end in np.percentile(peaks, [2.5, 97.5]))
+    told = f" [{low:.0f} – {high:.0f}]" if low is not None and high is not None else " (no interval: a level is too short for one)"
+    why = "there (tokens/s)² / copies is largest, and beyond it a further copy adds less than half of its share"
+    return Knee(copies=at, low=low, high=high, sentence=f"The knee is at {at:.0f} copies{told}: {why}.")
+
+
+def _no_knee(why: str) -> Knee:
+    return Knee(copies=None, low=None, high=None, sentence=f"No knee: {why}.")
+
+
+def _power_peaks(copies: Floats, rates: Floats) -> Floats:
+    """Where 2 log X - log N is largest, on a fine grid in log N, for each row of rates."""
+    x = np.log(copies)
+    grid = np.linspace(x[0], x[-1], GRID)
+    power = 2 * PchipInterpolator(x, np.log(rates), axis=1)(grid) - grid
+    return np.asarray(np.exp(grid[np.argmax(power, axis=1)]), dtype=np.float64)
+
+
+def gain(lower: Point, upper: Point) -> Estimate:
+    """Tokens/s that each further copy adds between two levels; the interval from both levels', taken as independent."""
+    more = upper.copies - lower.copies
+    value = (upper.rate.value - lower.rate.value) / more
+    a, b = lower.deviation, upper.deviation
+    if a is None or b is None:
+        return Estimate(value=value)
+    half = Z_95 * math.hypot(a, b) / more
+    return Estimate(value=value, low=value - half, high=value + half)
+
+
+def speed_held(speeds: Floats, quantile: float) -> Estimate | None:
+    """The speed that `quantile` of the streams hold at least, with a distribution-free 95 % interval by order statistics.
+
+    speeds: tokens/s of each stream, 0 for one that missed the TTFT. Source: David and Nagaraja, Order Statistics, 2003, section 7.1.
+    Streams that share a batch are alike, so the interval is rather too narrow than too wide.
+    """
+    if not len(speeds):
+        return None
+    ordered, share = np.sort(speeds), 1 - quantile
+    low, high = binom.ppf([0.025, 0.975], len(ordered), share).astype(int)
+    value = float(np.quantile(ordered, share, method="inverted_cdf"))
+    ends = float(ordered[max(low - 1, 0)]), float(ordered[min(high, len(ordered) - 1)])
+    return Estimate(value=value, low=min(ends[0], value), high=max(ends[1], value))
+
+
+def crossing(copies: Sequence[int], speeds: Sequence[Estimate], asked: float) -> Estimate | None:
+    """The copies at which the curve of `speed_held` falls through a speed, interpolated log-log; its interval from the curves' ends.
+
+    None where the curve is below from the first level on, or above to the last.
+    """
+    value = _falls_through(copies, [speed.value for speed in speeds], asked)
+    if value is None:
+        return None
+    low = _falls_through(copies, [speed.low if speed.low is not None else speed.value for speed in speeds], asked)
+    high = _falls_through(copies, [speed.high if speed.high is not None else speed.value for speed in speeds], asked)
+    return Estimate(value=value, low=low, high=high)
+
+
+def _falls_through(copies: Sequence[int], speeds: Sequence[float], asked: float) -> float | None:
+    floored = [min(max(speed, asked / 1e3), asked * 1e3) for speed in speeds]  # a stream without a TTFT has the speed 0
+    if floored[0] < asked:
+        return None
+    for i in range(1, len(floored)):
+        if floored[i] < asked:
+            a, b = math.log(copies[i - 1]), math.log(copies[i])
+            part = math.log(floored[i - 1] / asked) / math.log(floored[i - 1] / floored[i])
+            return math.exp(a + (b - a) * part)
+    return None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which level of a sweep held a speed."""
+
+    held: int | None
+    clearly_held: int | None
+    clearly_missed: int | None
+    unjudged: bool  # a level that the driver decided stands before the first that missed
+
+
+def held(levels: Sequence[search.Level], slo: Slo) -> Held:
+    """The largest level that held, no smaller one having missed, between the largest that clearly held and the smallest that clearly missed."""
+    kept: list[search.Level] = []
+    unjudged = False
+    for level in sorted(levels, key=lambda level: level.load):
+        if search.verdict(level, slo) == "unsound" or not level.judged:
+            unjudged = True
+            break
+        if not search.holds(level, slo):
+            break
+        kept.append(level)
+    most = int(kept[-1].load) if kept else None
+    clearly = [int(level.load) for level in kept if search.verdict(level, slo) == "held"]
+    missed = [int(level.load) for level in levels if search.verdict(level, slo) == "missed" and level.load > (most or 0)]
+    return Held(most, max(clearly, default=None), min(missed, default=None), unjudged)

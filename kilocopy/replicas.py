@@ -1,0 +1,87 @@
+"""What each replica did in a window, from the servers' own samples: gauges by their time-mean, counters by their rise.
+
+A replica is told apart by the label that its exporter gives it (Ray's `ReplicaId`, else the target and the labels).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kilocopy.identity import rise
+from kilocopy.recording import Floats, Samples
+
+
+@dataclass(frozen=True)
+class Use:
+    """A gauge over a window: its time-mean for each replica, and the most that any showed."""
+
+    means: dict[str, float]
+    most: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over the replicas."""
+        return self.total / len(self.means)
+
+    @property
+    def total(self) -> float:
+        """Sum over the replicas."""
+        return sum(self.means.values())
+
+
+def names(server: Samples) -> npt.NDArray[np.object_]:
+    """The replica of each sample."""
+    known = {
+        (target, labels): _name(target, labels)
+        for target, labels in set(zip(server.target.tolist(), server.labels.tolist(), strict=True))
+    }
+    return np.array([known[key] for key in zip(server.target.tolist(), server.labels.tolist(), strict=True)], dtype=object)
+
+
+def _name(target: str, labels: str) -> str:
+    told = json.loads(labels)
+    return str(told.get("ReplicaId") or told.get("replica") or f"{target} {labels}")
+
+
+def gauge(server: Samples, name: str, start_s: float, end_s: float) -> Use | None:
+    """A gauge of each replica in a window; a scrape of its target without it (gauges vanish when idle) counts as 0. None without samples."""
+    mine = server.name == name
+    inside = (server.time_s >= start_s) & (server.time_s <= end_s)
+    if not (mine & inside).any():
+        return None
+    who, means, most = names(server), {}, 0.0
+    for replica in sorted(set(who[mine & inside])):
+        own = mine & (who == replica)
+        scrapes_s = np.unique(server.time_s[np.isin(server.target, list(set(server.target[own])))])
+        values = np.zeros(len(scrapes_s))
+        np.add.at(values, np.searchsorted(scrapes_s, server.time_s[own]), server.value[own])
+        means[str(replica)] = _mean(scrapes_s, values, start_s, end_s)
+        most = max(most, float(values[(scrapes_s >= start_s) & (scrapes_s <= end_s)].max(initial=0.0)))
+    return Use(means, most)
+
+
+def _mean(times_s: Floats, values: Floats, start_s: float, end_s: float) -> float:
+    """Time-weighted mean of what was sampled, straight between the samples."""
+    inside = (times_s > start_s) & (times_s < end_s)
+    at_s = np.concatenate([[start_s], times_s[inside], [end_s]])
+    return float(np.trapezoid(np.interp(at_s, times_s, values), at_s)) / (end_s - start_s)
+
+
+def counter(server: Samples, name: str, start_s: float, end_s: float) -> dict[str, float]:
+    """How much a counter of each replica rose, from the last scrape before a time to the first after another; empty without samples."""
+    mine = server.name == name
+    if not mine.any():
+        return {}
+    who, found = names(server), {}
+    for replica in sorted(set(who[mine])):
+        own = mine & (who == replica)
+        at_s, scrape = np.unique(server.time_s[own], return_inverse=True)
+        series = np.bincount(scrape, weights=server.value[own])
+        first = max(0, int(np.searchsorted(at_s, start_s, side="right")) - 1)
+        last = int(np.searchsorted(at_s, end_s, side="left")) + 1
+        found[str(replica)] = rise(np.asarray(series[first:last], dtype=np.float64))
+    return found

@@ -1,0 +1,256 @@
+"""Experiments: what is planned, what is left after a cut, and that the summary comes from the parts alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kilocopy import experiment
+from kilocopy.page import render_html
+from kilocopy.problem import ProblemError
+from kilocopy.recompute import read_manifest, summarise
+from kilocopy.spec import Spec
+from tests import synthetic
+from tests.synthetic import Run
+
+
+def asked(kind: str, **more: Any) -> dict[str, Any]:
+    return synthetic.spec(stages=[], experiment={"kind": kind, "duration_s": 20, "warmup_s": 1, "ramp_s": 1, **more})
+
+
+def home_of(path: Path, tree: dict[str, Any]) -> Path:
+    """An experiment's directory without parts."""
+    (path / "parts").mkdir(parents=True)
+    spec = Spec.model_validate(tree)
+    content = {"id": "T_home", "name": "known", "spec": spec.model_dump(mode="json"), "spec_sha256": spec.sha256, "training": None}
+    (path / "manifest.json").write_text(json.dumps(content))
+    return path
+
+
+def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = None) -> None:
+    """One part that played these levels, each with its own gap between tokens; `cut`: one that did not come to its end."""
+    block = next(
+        block for serving in experiment.plan(Spec.model_validate(read_manifest(home)["spec"])) for block in serving.blocks
+        if set(levels) <= set(block.levels)
+    )  # fmt: skip
+    mine = block.without(set(block.levels) - set(levels), 0)
+    run = Run(home / "parts" / name, mine.spec.model_dump(mode="json"), **{experiment.LEVELS_KEY: list(mine.levels)})
+    at_s = 0.0
+    for index, level in enumerate(mine.levels):
+        copies = mine.spec.stages[index].copies  # type: ignore[union-attr]
+        gaps_s = [levels[level]] * 9
+        if level == cut:
+            run.event("stage_start", at_s, stage=index)
+            for copy in range(copies):
+                run.stream(at_s, gaps_s=gaps_s, stage=index, copy=copy)
+            break
+        for second in range(1, 22):
+            run.scrape(at_s + second, labels='{"ReplicaId": "a"}', kv_cache_usage_perc=copies / 100)
+            run.scrape(at_s + second, labels='{"ReplicaId": "b"}', kv_cache_usage_perc=copies / 50)
+        at_s = run.stage(index, at_s, gaps_s=gaps_s) + 1
+    if cut is None:
+        run.end(at_s)
+    else:
+        run.close()
+
+
+def gap(copies: int) -> float:
+    """Seconds between the tokens of a server whose step is 39.5 ms and 5 ms for each copy: the knee is at about 8."""
+    return 0.0395 + 0.005 * copies
+
+
+COPIES = (1, 2, 4, 8, 16, 32)
+FRONTIER = asked("frontier", copies_max=32)
+
+
+def levels(*copies: int) -> dict[str, float]:
+    return {"1 copy" if count == 1 else f"{count} copies": gap(count) for count in copies}
+
+
+def test_levels_are_geometric_or_listed() -> None:
+    def of(**more: Any) -> list[int]:
+        spec = Spec.model_validate(asked("frontier", **more))
+        return [stage.copies for stage in experiment.plan(spec)[0].spec.stages]  # type: ignore[union-attr]
+
+    assert of(copies_max=100) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert of(copies_max=1) == [1]
+    assert of(copies_max=6, factor=1.2) == [1, 2, 3, 4, 5, 6]
+    assert of(copies=[30, 3, 10]) == [3, 10, 30]
+    shuffled = of(copies_max=100, random_order=True)
+    assert sorted(shuffled) == of(copies_max=100) != shuffled == of(copies_max=100, random_order=True)
+
+
+def test_what_is_planned_is_a_plain_spec() -> None:
+    (serving,) = experiment.plan(Spec.model_validate(FRONTIER))
+    assert serving.spec.experiment is None
+    assert Spec.model_validate_json(serving.spec.model_dump_json()) == serving.spec
+
+
+def test_a_cut_level_is_left_and_gets_prompts_of_its_own(tmp_path: Path) -> None:
+    home = home_of(tmp_path / "home", FRONTIER)
+    spec = Spec.model_validate(FRONTIER)
+    play(home, "1", levels(1, 2, 4), cut="4 copies")
+    done = experiment.done(home, read_manifest)
+    assert list(done) == ["1 copy", "2 copies"]
+    (block,) = experiment.left(experiment.plan(spec)[0], done.keys(), 1)
+    assert block.levels == ("4 copies", "8 copies", "16 copies", "32 copies")
+    (again,) = experiment.left(experiment.plan(spec)[0], done.keys(), 2)
+    assert block.spec.workload.seed != again.spec.workload.seed != spec.workload.seed
+    play(home, "2", levels(4, 8, 16, 32))
+    assert experiment.left(experiment.plan(spec)[0], experiment.done(home, read_manifest).keys(), 2) == []
+
+
+def test_another_spec_or_an_ordinary_run_is_not_taken_up(tmp_path: Path) -> None:
+    home = home_of(tmp_path / "home", FRONTIER)
+    spec = Spec.model_validate(FRONTIER)
+    experiment.reopened(home, spec, read_manifest(home))
+    with pytest.raises(ProblemError, match="begun with another spec"):
+        experiment.reopened(home, spec.model_copy(update={"name": "other"}), read_manifest(home))
+    with pytest.raises(ProblemError, match="an ordinary run"):
+        experiment.reopened(home, spec, {"spec": synthetic.spec()})
+
+
+def test_a_frontier_in_two_parts_reads_as_one(tmp_path: Path) -> None:
+    home = home_of(tmp_path / "home", FRONTIER)
+    play(home, "1", levels(1, 2, 4), cut="4 copies")
+    summary = summarise(home)
+    assert summary.status == "interrupted"
+    assert "2 of 6 levels were played to their end; `kilocopy run SPEC --resume home` plays the rest" in summary.headline.sentence
+    assert [stage.verdict.level for stage in summary.stages] == ["valid", "valid", "void"]
+    play(home, "2", levels(4, 8, 16, 32))
+    summary = summarise(home)
+    assert summary.status == "complete"
+    assert [(stage.index, stage.copies.asked) for stage in summary.stages] == list(enumerate(COPIES))
+    assert {stage.verdict.level for stage in summary.stages} == {"valid"}
+    begins = [stage.start_s for stage in summary.stages]
+    assert begins == sorted(begins)
+    for stage in summary.stages:  # each stage's seconds stand under it on the common axis
+        inside = [one for one in summary.timeline if stage.window and stage.window.start_s <= one.t_s + 0.5 < stage.window.end_s]
+        assert {one.stage for one in inside} == {stage.index}
+
+
+def test_the_frontier_of_a_known_server(tmp_path: Path) -> None:
+    home = home_of(tmp_path / "home", FRONTIER | {"model": FRONTIER["model"] | {"training": {
+        "kind": "published", "source": "a test", "date": "2026-01-01", "gpus": 100}}})  # fmt: skip
+    play(home, "1", levels(*COPIES))
+    found = summarise(home).experiment
+    assert found is not None
+    assert found.knee.copies == pytest.approx(9, rel=0.25)  # a prompt's first token shifts it from 8
+    assert [one.copies for one in found.levels] == list(COPIES)
+    assert [one.kv_cache_fraction for one in found.levels] == pytest.approx([1.5 * copies / 100 for copies in COPIES], rel=0.02)
+    assert [one.kv_cache_fraction_max for one in found.levels] == pytest.approx([copies / 50 for copies in COPIES])
+    for one in found.levels:
+        assert one.speed is not None
+        assert one.speed.value == pytest.approx(1 / gap(one.copies), rel=0.01)
+    at = {limit.tokens_per_s: limit for limit in found.speeds}
+    # 1 / gap: 22, 20, 16.7, 12.5, 8.3, 5 tokens/s at 1, 2, 4, 8, 16, 32 copies
+    assert {speed: limit.held for speed, limit in at.items()} == {5: 32, 10: 8, 13.3: 4, 20: 2, 50: None}
+    assert at[10].clearly_missed == 16
+    crossing = at[10].crossing
+    assert crossing is not None
+    assert crossing.value == pytest.approx(12, rel=0.05)  # 0.0395 + 0.005 N = 0.1
+    assert at[10].n_cluster == 100 / 2 * 8
+    assert found.n_human["238"] > 0
+    assert "no level held it; already 1 missed it" in at[50].sentence
+
+
+def test_the_same_parts_give_the_same_bytes(tmp_path: Path) -> None:
+    home = home_of(tmp_path / "one" / "home", FRONTIER)
+    play(home, "1", levels(*COPIES))
+    shutil.copytree(home, tmp_path / "two" / "home")
+    one, two = summarise(home), summarise(tmp_path / "two" / "home")
+    assert one.model_dump_json() == two.model_dump_json()
+    assert render_html(one) == render_html(two)
+    assert "plot-frontier" in render_html(one)
+
+
+def test_an_experiment_without_a_level_says_so(tmp_path: Path) -> None:
+    summary = summarise(home_of(tmp_path / "home", FRONTIER))
+    assert summary.experiment is None
+    assert "No answer" in summary.headline.sentence
+    render_html(summary)
+
+
+# ------------------------------------------------------------------------------------------------------------------- scaling
+
+SCALING = asked("scaling", replicas=[1, 2, 4, 8], copies_per_replica=2)
+
+
+def serve_once(home: Path, name: str, level: str, gap_s: float, *, waiting: float = 0.0, seen: float = 1.0) -> None:
+    """One serving: streams of known speed, and gauges that say how many of the copies were at the engines and running."""
+    spec = Spec.model_validate(read_manifest(home)["spec"])
+    block = next(one.blocks[0] for one in experiment.plan(spec) if one.blocks[0].levels == (level,))
+    run = Run(home / "parts" / name, block.spec.model_dump(mode="json"), **{experiment.LEVELS_KEY: [level]})
+    replicas, copies = block.spec.cluster.replicas, block.spec.stages[0].copies  # type: ignore[union-attr]
+    for second in range(1, 24):
+        for replica in range(replicas):
+            each = copies * seen / replicas
+            labels = json.dumps({"ReplicaId": f"r{replica}"})
+            run.scrape(second, labels=labels, generation_tokens_total=0.0, num_requests_running=each * (1 - waiting), num_requests_waiting=each * waiting)
+    run.end(run.stage(0, gaps_s=[gap_s] * 9))
+
+
+def test_each_level_is_served_anew_in_random_order() -> None:
+    servings = experiment.plan(Spec.model_validate(SCALING))
+    levels = [(one.spec.cluster.replicas, one.spec.stages[0].copies) for one in servings]  # type: ignore[union-attr]
+    assert sorted(levels) == [(1, 2)] * 3 + [(2, 4)] * 3 + [(4, 8)] * 3 + [(8, 16)] * 3
+    assert levels != sorted(levels)
+    assert all(one.fresh for one in servings)
+    names = [one.blocks[0].levels[0] for one in servings]
+    assert len(set(names)) == 12
+    assert names == [one.blocks[0].levels[0] for one in experiment.plan(Spec.model_validate(SCALING))]
+
+
+def test_scaling_of_a_known_cluster(tmp_path: Path) -> None:
+    """Contention of 10 % by Amdahl, all of it in the speed of a running sequence."""
+    home = home_of(tmp_path / "home", SCALING)
+    for count in (1, 2, 4, 8):
+        for repeat, noise in enumerate((0.99, 1.0, 1.01), start=1):
+            slower = 1 + 0.1 * (count - 1)
+            whole_s = 1.0 * slower * noise  # of a request: ten tokens
+            serve_once(home, f"{count}{repeat}", f"{count} replica{'' if count == 1 else 's'}, serving {repeat}", (whole_s - 0.1) / 9)
+    summary = summarise(home)
+    found = summary.experiment
+    assert found is not None
+    assert found.kind == "scaling"
+    assert summary.status == "complete"
+    assert {stage.verdict.level for stage in summary.stages} == {"valid"}
+    assert found.sharing is None  # a GPU each
+    for level in found.levels:
+        expected = 1 / (1 + 0.1 * (level.replicas - 1))
+        assert level.efficiency is not None
+        assert level.efficiency.value == pytest.approx(expected, rel=0.03)
+        assert level.loss is not None
+        assert level.loss.engine == pytest.approx(expected, rel=0.03)
+        assert (level.loss.proxy, level.loss.queue, level.loss.imbalance) == (pytest.approx(1, rel=0.01), pytest.approx(1), pytest.approx(1))
+    assert found.fit is not None
+    assert found.fit.law == "amdahl"
+    assert found.fit.peak is None
+    assert (found.fit.sigma.low or 0) < 0.1 < (found.fit.sigma.high or 0)
+    assert "there is no maximum to tell" in found.sentence
+    assert summary.headline.n_slo is None
+    assert summary.overhang is None
+    page = render_html(summary)
+    assert "plot-scaling" in page
+
+
+def test_scaling_says_where_the_loss_goes_and_what_is_shared(tmp_path: Path) -> None:
+    tree = SCALING | {"cluster": {"replicas": 1, "hardware": {"kind": "gpu", "gpus_per_replica": 0.25}}}
+    home = home_of(tmp_path / "home", tree)
+    serve_once(home, "1", "1 replica, serving 1", 0.1)
+    serve_once(home, "2", "2 replicas, serving 1", 0.1, waiting=0.2, seen=0.9)
+    found = summarise(home).experiment
+    assert found is not None
+    assert found.kind == "scaling"
+    loss = found.levels[1].loss
+    assert loss is not None
+    assert (loss.queue, loss.proxy) == (pytest.approx(0.8, rel=0.01), pytest.approx(0.9, rel=0.01))
+    assert "Up to 4 replicas share one GPU" in found.sentence
+    assert found.fit is None
+    assert any("2 of 12 levels were played" in note for note in found.notes)
+    assert any("2 levels of replicas that count (1, 2) are too few" in note for note in found.notes)
+    assert any("1 of 3 at 1 replica, 1 of 3 at 2 replicas, 0 of 3 at 4 replicas" in note for note in found.notes)
