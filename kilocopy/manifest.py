@@ -160,3 +160,16 @@ def gpus() -> list[dict[str, Any]]:
         ]
     except Exception:
         return []
+
+
+def gpu_driver() -> str | None:
+    """The version of NVIDIA's driver and the CUDA that it speaks, `580.65.06 (CUDA 13.0)`; None without a driver."""
+    try:
+        import pynvml  # noqa: PLC0415  only on machines with GPUs
+
+        pynvml.nvmlInit()
+        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion())
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        return f"{driver.decode() if isinstance(driver, bytes) else driver} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+    except Exception:
+        return None

@@ -38,6 +38,7 @@ def sources(folder: str) -> list[Path]:
         ("kilocopy", SERVER_ONLY | DRIVER_ONLY | {"cluster", "loadtests"}),
         ("cluster", DRIVER_ONLY | {"loadtests"}),
         ("loadtests", SERVER_ONLY | {"cluster"}),
+        ("gpu", SERVER_ONLY | DRIVER_ONLY),
     ],
 )
 def test_import_directions(folder: str, forbidden: set[str]) -> None:
@@ -89,7 +90,7 @@ def test_readme_commands_exist() -> None:
 
 def test_every_source_file_is_in_the_readme_tree() -> None:
     readme = (ROOT / "README.md").read_text()
-    for folder in ("kilocopy", "cluster", "loadtests"):
+    for folder in ("kilocopy", "cluster", "loadtests", "gpu"):
         for path in sources(folder):
             if not path.name.startswith("__"):
                 assert f"{folder}/{path.name}" in readme, f"{folder}/{path.name} is missing from the README's tree"
