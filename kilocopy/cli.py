@@ -14,7 +14,23 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, campaign, check, doctor, experiment, faults, manifest, provision, run, serving, side_by_side, starting
+from kilocopy import (
+    __version__,
+    campaign,
+    check,
+    doctor,
+    experiment,
+    faults,
+    fleet_plan,
+    history,
+    manifest,
+    provision,
+    run,
+    serving,
+    side_by_side,
+    starting,
+)
+from kilocopy.planning import Asked
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
 
@@ -185,6 +201,35 @@ def compare_command(
 ) -> None:
     """Put runs side by side: ratios of $/page, Wh/page, copies and speed, with intervals from repeats."""
     side_by_side.command(runs, quality or [], html, as_json=as_json)
+
+
+@app.command("plan")
+def plan_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run on one replica with three closed stages or more.")],
+    copies: Annotated[int, typer.Option("--copies", min=0, help="Copies at once, each asking again as soon as its stream ended.")] = 0,
+    rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second.")] = 0,
+    burstiness: Annotated[float, typer.Option("--burstiness", min=0.01, help="Of the requests: 1 is Poisson, below 1 comes in bursts.")] = 1,
+    node: Annotated[int, typer.Option("--node", min=0, help="Replicas on a node, which die together; 0 lets none die.")] = 1,
+    most: Annotated[int, typer.Option("--most", min=1, help="Replicas at which the search gives up.")] = 10_000,
+    random_router: Annotated[bool, typer.Option("--random-router", help="A router that does not look at load.")] = False,
+    against: Annotated[Path | None, typer.Option("--against", help="A run on several replicas of the same spec: how far the simulation is off.")] = None,
+    seed: int = 0,
+    html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("plan.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """How many replicas hold a load within the SLO, what one node's death does, and the bill: simulated from one measured replica."""
+    asked = Asked(copies=copies, rate_per_s=rate, burstiness=burstiness, router="random" if random_router else "two_choices", seed=seed)
+    fleet_plan.command(run_dir, asked, against=against, node=node, most=most, html=html, as_json=as_json)
+
+
+@app.command("history")
+def history_command(
+    where: Annotated[str, typer.Argument(metavar="FOLDER|URI", help="A folder of run directories, or an object store: s3://bucket/runs, gs://bucket/runs.")] = "runs",
+    html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("history.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the series as JSON.")] = False,
+) -> None:
+    """The same suite over versions and dates: $/page and Wh/page run after run, and by how much a year."""
+    history.command(where, html=html, as_json=as_json)
 
 
 @app.command("check")

@@ -1,0 +1,163 @@
+"""kilocopy plan as a sheet: the fleet, one node's death, the bill, the fit, and what the simulation was found to be worth."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+from rich.console import Console
+
+from kilocopy import planning
+from kilocopy.figures import BLUE, GREY, ORANGE, Figure, dressed, log_ticks
+from kilocopy.planning import Asked, Bill, Deviation, Level, Outcome
+from kilocopy.problem import ProblemError
+from kilocopy.report import money, number, percent, seconds
+from kilocopy.sheet import Rows, Section, Sheet, print_sheet, write_sheet
+from kilocopy.spec import GpuReplica, Spec
+from kilocopy.summaries import read
+from kilocopy.summary import Frozen
+
+WITHIN = {"throughput": 0.10, "ttft": 0.20}
+
+
+def command(run: Path, asked: Asked, *, against: Path | None, node: int, most: int, html: Path, as_json: bool) -> None:
+    """`kilocopy plan`: fit, search, let a node die, price, print. Raises ProblemError."""
+    if bool(asked.copies) == bool(asked.rate_per_s):
+        raise ProblemError("say what is asked of the fleet: --copies N at once, or --rate R requests a second (one of them)")
+    finished = read(run)
+    found, spec = planning.levels(finished), planning.known_spec(finished)
+    replica = planning.fit(found)
+    checked = planning.deviations(replica, spec, read(against)) if against else []
+    if against and not checked:
+        raise ProblemError(f"--against {against}: no stage of it is valid with its latency and of a load that can be replayed")
+    tried = planning.smallest(replica, spec, asked, most)
+    best = tried[-1]
+    after = planning.play(replica, spec, asked, best.replicas, min(node, best.replicas - 1))[1] if best.replicas > 1 and node else None
+    own = planning.deviations(replica, spec, finished)
+    cost = planning.bill(spec, finished, best)
+    page = sheet(spec, asked, tried, after, cost, found, own, checked)
+    write_sheet(page, html)
+    if as_json:
+        parts: dict[str, Sequence[Frozen]] = {"tried": tried, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
+        told = {name: [one.model_dump() for one in part] for name, part in parts.items()}
+        print(json.dumps(told | {"stored_validation": planning.stored()}, indent=2))
+    else:
+        print_sheet(page, Console(highlight=False))
+    print(f"page: {html.resolve()}", file=sys.stderr)
+
+
+def sheet(
+    spec: Spec, asked: Asked, tried: list[Outcome], after: Outcome | None, cost: Bill, found: list[Level], own: list[Deviation], checked: list[Deviation]
+) -> Sheet:
+    """The whole plan."""
+    best = tried[-1]
+    what = f"{asked.copies:,} copies at once" if asked.copies else f"{asked.rate_per_s:,g} requests/s"
+    unit = "GPUs" if isinstance(spec.cluster.hardware, GpuReplica) else "hosts"
+    answer = (
+        f"{what} within the SLO: {best.replicas:,} replicas ({cost.devices:,g} {unit}), {money(cost.usd_per_h)} an hour"
+        + (f", {money(cost.usd_per_page)} a page" if cost.usd_per_page else "")
+        + f". Simulated from one measured replica: {_worth(own, checked)}"
+    )
+    return Sheet(
+        title="plan",
+        headline=answer,
+        notes=[_slo(spec), *_failure(best, after), *([] if checked else _validation())],
+        sections=[
+            Section("Fleets that were tried", table=_fleets(tried, after), figures=[curve(tried, spec)]),
+            Section("The bill", sentences=_bill(spec, cost, best)),
+            Section("One replica, as measured", table=_replica(found), sentences=_assumptions(found, asked)),
+            Section("What the simulation is worth", sentences=_validation() if checked else [], table=_deviations(own, checked)),
+        ],
+    )
+
+
+def _slo(spec: Spec) -> str:
+    slo = spec.slo
+    return f"SLO: {slo.tokens_per_s_per_copy:g} tokens/s each and TTFT <= {slo.ttft_s:g} s for {100 * slo.quantile:g} % of the streams; output lengths as the run's spec draws them."
+
+
+def _failure(best: Outcome, after: Outcome | None) -> list[str]:
+    if after is None:
+        return ["One replica: when its node dies, everything stops."]
+    gone = best.replicas - after.replicas
+    left = "the rest still hold the SLO" if after.held else "the rest miss the SLO until it is back"
+    share = percent(after.attainment)
+    return [f"When one node ({gone} replica{'s' if gone > 1 else ''}) dies: {after.lost:,} streams are cut off, and {left} ({share} of the streams asked after it)."]
+
+
+def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
+    worst = checked or own
+    which = "the run given with --against" if checked else "its own stages, played again"
+    return f"against {which} throughput is off by {percent(max(abs(one.throughput) for one in worst))} at most, TTFT p50 by {percent(max(abs(one.ttft) for one in worst))}."
+
+
+def _fleets(tried: list[Outcome], after: Outcome | None) -> Rows:
+    def row(one: Outcome, name: str) -> list[str]:
+        judged = "overloaded" if one.overloaded else "held" if one.held else "missed"
+        return [name, judged, percent(one.attainment), number(one.in_flight), number(one.tokens_per_s), number(one.tokens_per_s_per_copy),
+                seconds(one.ttft_p50_s, one.ttft_p99_s), f"{one.requests:,}"]  # fmt: skip
+
+    rows = [row(one, f"{one.replicas:,}") for one in sorted(tried, key=lambda one: one.replicas)]
+    if after is not None:
+        rows.append(row(after, f"{after.replicas:,} (a node died)"))
+    heads = ("replicas", "SLO", "attained", "in flight", "tokens/s", "per copy (p50)", "TTFT p50 / p99", "requests judged")
+    return Rows(heads, rows, words=2, note="An overloaded fleet's queue grew beyond any end, and its figures are of the time until then.")
+
+
+def curve(tried: list[Outcome], spec: Spec) -> Figure:
+    """Attainment against replicas."""
+    ordered = sorted(tried, key=lambda one: one.replicas)
+    plot = go.Figure(
+        go.Scatter(
+            x=[one.replicas for one in ordered], y=[100 * one.attainment for one in ordered], mode="lines+markers", line={"color": BLUE, "width": 2},
+            marker={"size": 9, "color": [BLUE if one.held else ORANGE for one in ordered]}, name="simulated",
+            hovertemplate="%{x} replicas: %{y:.1f} % of the streams<extra></extra>",
+        )
+    )  # fmt: skip
+    plot.add_hline(y=100 * spec.slo.quantile, line={"color": GREY, "dash": "dash", "width": 1.5})
+    plot.update_xaxes(title="replicas", **log_ticks([float(one.replicas) for one in ordered]))
+    plot.update_yaxes(title="streams within the SLO (%)", range=[-3, 103])
+    return Figure("plot-plan", "Replicas against the SLO", "Dashed: the share that the SLO asks for. Orange: missed.", dressed(plot))
+
+
+def _bill(spec: Spec, cost: Bill, best: Outcome) -> list[str]:
+    lines = [f"Hardware: {cost.devices:,g} devices, {money(cost.hardware_usd_per_h)} for each hour of the calendar ({spec.prices.hardware.kind}), whether or not it serves."]
+    if cost.electricity_usd_per_h is not None:
+        lines.append(f"Electricity while it serves this load: {money(cost.electricity_usd_per_h)} an hour, from the measured stages' joules per token.")
+    elif spec.prices.hardware.kind == "owned":
+        lines.append("Electricity is not in it: the run has no energy.")
+    if cost.pages_per_h:
+        lines.append(f"{number(cost.pages_per_h)} pages of {spec.page.words} words an hour at {number(best.tokens_per_s)} tokens/s.")
+    lines.append(f"{money(cost.usd_per_h)} an hour, {money(cost.usd_per_h * 730)} for a month of 730 hours of this load.")
+    return lines
+
+
+def _replica(found: list[Level]) -> Rows:
+    rows = [[str(one.copies), number(one.in_step), seconds(one.step_s), seconds(one.ttft_p50_s), number(one.tokens_per_s)] for one in found]
+    return Rows(("copies", "in a step", "step", "TTFT p50", "tokens/s"), rows, words=0)
+
+
+def _assumptions(found: list[Level], asked: Asked) -> list[str]:
+    router = "the less loaded of two replicas drawn at random (Serve's default)" if asked.router == "two_choices" else "a replica drawn at random"
+    return [
+        f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
+        f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
+        "Prompts are as long as the measured run's; a fleet asked for other prompts needs a run with them.",
+    ]
+
+
+def _deviations(own: list[Deviation], checked: list[Deviation]) -> Rows:
+    rows = [
+        [f"{one.load}, {one.replicas} replica{'s' if one.replicas > 1 else ''}", number(one.tokens_per_s), number(one.tokens_per_s_predicted), f"{100 * one.throughput:+.1f} %",
+         seconds(one.ttft_p50_s), seconds(one.ttft_p50_s_predicted), f"{100 * one.ttft:+.1f} %"]
+        for one in [*checked, *own]
+    ]  # fmt: skip
+    return Rows(("measured stage", "tokens/s", "simulated", "off", "TTFT p50", "simulated", "off"), rows, note="First the run given with --against, if any; then the fitted run's own stages.")
+
+
+def _validation() -> list[str]:
+    told = planning.stored()
+    return [str(told["sentence"])] if told.get("sentence") else ["It has not been held against a real fleet of more replicas; --against RUN does that with a run of yours."]

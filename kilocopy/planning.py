@@ -1,0 +1,348 @@
+"""kilocopy plan: from one measured replica to a fleet. How many replicas hold a load within the SLO, what one node's death does, the bill.
+
+The replica is fitted from the closed stages of a run on one replica: how long an engine step takes with n requests in it, and how long
+a request takes to reach the engine's queue with n in flight. Nothing beyond the measured copies is assumed of a replica: more requests
+than that wait. The fleet is then simulated (`fleet.py`), and what the simulation was found to be worth against the real stack is
+printed with every plan.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from scipy.special import gammaincinv
+
+from kilocopy import price
+from kilocopy.fleet import QUANTILES, Failure, Fleet, Load, Played, Replica, Router
+from kilocopy.problem import ProblemError
+from kilocopy.spec import EmpiricalLength, GpuReplica, LognormalLength, NormalLength, Owned, Spec, UniformLength
+from kilocopy.streams import Floats, Ints
+from kilocopy.summaries import Finished
+from kilocopy.summary import Frozen, Stage
+
+LEVELS_MIN = 3
+FALL_MAX = 0.10  # a step that gets shorter with more copies by more than this is no noise
+LENGTHS = 20_000
+RESIDUAL_STEPS = 1.5  # median of what is left of the running step, U(0, 1), and the first step of one's own
+WARM_RESIDENCES, COUNTED_RESIDENCES = 3.0, 6.0
+ARRIVALS_MIN = 2000
+
+
+@dataclass(frozen=True)
+class Level:
+    """A closed stage as the fit needs it: copies, requests in the engine's step, step time, quantiles of TTFT, and what it made."""
+
+    copies: int
+    in_step: float
+    step_s: float
+    ttft_s: Floats
+    tokens_per_s: float
+    ttft_p50_s: float
+
+
+def levels(run: Finished) -> list[Level]:
+    """The closed stages that can be fitted, by copies. Raises ProblemError where they are too few, or make no sense together."""
+    spec = known_spec(run)
+    if spec.cluster.replicas != 1:
+        raise ProblemError(f"{run.path}: {spec.cluster.replicas} replicas were measured; a plan is fitted on one: run the spec with cluster.replicas: 1")
+    found = [level for stage in run.summary.stages if (level := _level(stage)) is not None]
+    found = list({level.copies: level for level in sorted(found, key=lambda one: one.copies)}.values())
+    if len(found) < LEVELS_MIN:
+        raise ProblemError(
+            f"{run.path}: {len(found)} closed stages of different copies are valid with their latency; a frontier needs {LEVELS_MIN} or more (for example 1, 8, 32, 128)"
+        )
+    for less, more in pairwise(found):
+        if more.step_s < (1 - FALL_MAX) * less.step_s:
+            raise ProblemError(
+                f"{run.path}: a token took {1000 * less.step_s:.3g} ms with {less.copies} copies and {1000 * more.step_s:.3g} ms with {more.copies}: "
+                "more copies cannot be faster each; measure again on an idle machine, with longer stages"
+            )
+    return found
+
+
+def known_spec(run: Finished) -> Spec:
+    """The run's spec as a model. Raises ProblemError."""
+    try:
+        return Spec.model_validate(run.spec)
+    except ValidationError as error:
+        raise ProblemError(f"{run.path}: its spec is another version's: {error.errors()[0]['msg']}; `kilocopy report` it with that version") from None
+
+
+def _level(stage: Stage) -> Level | None:
+    latency, through = stage.latency, stage.throughput
+    if stage.verdict.level != "valid" or stage.kind != "closed" or not stage.copies.asked or latency is None or through is None:
+        return None
+    if latency.tpot_s is None or latency.ttft_s is None or not stage.ttft_values_s or not stage.copies.n_run_client or not through.requests_per_s:
+        return None
+    tokens = through.output_tokens_per_s.value / through.requests_per_s
+    residence_s = latency.ttft_s.mean + (tokens - 1) * latency.tpot_s.mean
+    return Level(
+        copies=stage.copies.asked,
+        in_step=stage.copies.n_run_client * tokens * latency.tpot_s.mean / residence_s,
+        step_s=latency.tpot_s.mean,
+        ttft_s=np.asarray(np.quantile(stage.ttft_values_s, (np.arange(QUANTILES) + 0.5) / QUANTILES), dtype=np.float64),
+        tokens_per_s=through.output_tokens_per_s.value,
+        ttft_p50_s=latency.ttft_s.p50,
+    )
+
+
+def fit(found: list[Level]) -> Replica:
+    """Step times between the levels on straight lines, rising; before the first level and after the last as they are there.
+
+    The time to the engine's queue is what TTFT has beyond 1.5 steps (the rest of the running step, U(0, 1), and one's own first).
+    """
+    limit = found[-1].copies
+    n = np.arange(limit + 1, dtype=np.float64)
+    step_s = np.interp(n, [one.in_step for one in found], np.maximum.accumulate([one.step_s for one in found]))
+    before = np.array([np.maximum(one.ttft_s - RESIDUAL_STEPS * one.step_s, 0.0) for one in found])
+    before_s = np.stack([np.interp(n, [one.copies for one in found], before[:, q]) for q in range(QUANTILES)], axis=1)
+    return Replica(step_s, before_s, limit)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the load
+
+
+def lengths(spec: Spec, seed: int = 0) -> Ints:
+    """Output tokens as the spec draws them: a sample to draw from again. Raises ProblemError for lengths that lie in a file."""
+    asked, draw = spec.workload.output_tokens, np.random.default_rng(seed)
+    if isinstance(asked, int):
+        return np.array([asked])
+    if isinstance(asked, UniformLength):
+        return draw.integers(asked.low, asked.high + 1, LENGTHS)
+    if isinstance(asked, EmpiricalLength):
+        if asked.values is None:
+            raise ProblemError(f"workload.output_tokens.path {asked.path}: a plan draws from values in the spec, not from a file; give values")
+        return np.array(asked.values)
+    assert isinstance(asked, NormalLength | LognormalLength)  # noqa: S101
+    drawn: list[int] = []
+    while len(drawn) < LENGTHS:
+        raw = draw.normal(asked.mean, asked.stddev, LENGTHS) if isinstance(asked, NormalLength) else draw.lognormal(asked.mu, asked.sigma, LENGTHS)
+        whole = np.round(raw).astype(np.int64)
+        drawn += whole[(whole >= asked.min) & (whole <= asked.max)].tolist()
+    return np.array(drawn[:LENGTHS])
+
+
+def arrivals(rate_per_s: float, burstiness: float, until_s: float, seed: int) -> Floats:
+    """Times of a renewal process with gamma distances; burstiness 1 is Poisson."""
+    draw, count = np.random.default_rng(seed), int(rate_per_s * until_s * 1.2 + 10 * math.sqrt(rate_per_s * until_s / burstiness) + 100)
+    distances = gammaincinv(burstiness, draw.random(count)) / burstiness / rate_per_s
+    times_s = np.cumsum(distances)
+    return np.asarray(times_s[times_s < until_s], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is for: copies at once, or requests a second; and how."""
+
+    copies: int = 0
+    rate_per_s: float = 0.0
+    burstiness: float = 1.0
+    router: Router = "two_choices"
+    seed: int = 0
+
+
+class Outcome(Frozen):
+    """What a simulated fleet of so many replicas made of the load, over its counted part."""
+
+    replicas: int
+    tokens_per_s: float
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    tokens_per_s_per_copy: float | None
+    in_flight: float
+    attainment: float
+    held: bool
+    overloaded: bool
+    requests: int
+    lost: int = 0
+
+
+def play(replica: Replica, spec: Spec, asked: Asked, replicas: int, failure: int = 0) -> tuple[Outcome, Outcome | None]:
+    """One fleet through the load: what it makes of it, and, where a node of so many replicas fails half way, after that."""
+    tokens = lengths(spec, asked.seed)
+    residence_s = float(replica.before_s.max(axis=1).max()) + float(tokens.mean()) * float(replica.step_s[-1])
+    warm_s = WARM_RESIDENCES * residence_s
+    counted_s = COUNTED_RESIDENCES * residence_s
+    if asked.rate_per_s:
+        counted_s = max(counted_s, ARRIVALS_MIN / asked.rate_per_s)
+    until_s = warm_s + counted_s * (2 if failure else 1)
+    times_s = arrivals(asked.rate_per_s, asked.burstiness, until_s, asked.seed) if asked.rate_per_s else np.zeros(0)
+    fails = Failure(warm_s + counted_s, failure) if failure else None
+    fleet = Fleet(replica, replicas, Load(tokens, asked.copies, times_s), router=asked.router, failure=fails, seed=asked.seed)
+    played = fleet.play(until_s + residence_s)
+    first = _outcome(spec, played, replicas, warm_s, warm_s + counted_s, lost=False)
+    if not failure:
+        return first, None
+    return first, _outcome(spec, played, replicas - failure, warm_s + counted_s, until_s, lost=True)
+
+
+def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: float, *, lost: bool) -> Outcome:
+    """The requests that were asked in a stretch, judged by the SLO; one without a last token missed it."""
+    slo, mine = spec.slo, (played.asked_s >= start_s) & (played.asked_s < end_s)
+    ttft_s = played.first_s - played.asked_s
+    speed = np.maximum(played.tokens - 1, 0) / np.maximum(played.last_s - played.first_s, 1e-12)
+    good = (ttft_s <= slo.ttft_s) & ((speed >= slo.tokens_per_s_per_copy) | (played.tokens == 1))
+    ended = mine & ~np.isnan(played.last_s)
+    held = float(good[mine].mean()) if mine.any() else 0.0
+    over = np.clip(np.minimum(np.where(np.isnan(played.last_s), end_s, played.last_s), end_s) - np.maximum(played.asked_s, start_s), 0, None)
+    inside = (played.last_s > start_s) & (played.first_s < end_s)
+    share = np.clip((np.minimum(played.last_s, end_s) - np.maximum(played.first_s, start_s)) / np.maximum(played.last_s - played.first_s, 1e-12), 0, 1)
+    made = float((played.tokens * np.where(inside, share, 0.0))[~np.isnan(played.last_s)].sum())
+    cut = int((np.isnan(played.last_s) & (played.asked_s < start_s)).sum()) if lost else 0
+    return Outcome(
+        replicas=replicas,
+        tokens_per_s=made / (end_s - start_s),
+        ttft_p50_s=float(np.median(ttft_s[ended])) if ended.any() else None,
+        ttft_p99_s=float(np.percentile(ttft_s[ended], 99)) if ended.any() else None,
+        tokens_per_s_per_copy=float(np.median(speed[ended & (played.tokens > 1)])) if (ended & (played.tokens > 1)).any() else None,
+        in_flight=float(over.sum()) / (end_s - start_s),
+        attainment=held,
+        held=held >= slo.quantile and not played.overloaded,
+        overloaded=played.overloaded,
+        requests=int(mine.sum()),
+        lost=cut,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ how many replicas
+
+
+def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outcome]:
+    """Fleets that were tried, the answer last: the fewest replicas that hold the load within the SLO. Raises ProblemError.
+
+    The number is bracketed by doubling from what throughput alone needs, then halved to one replica (1 % for more than 100).
+    """
+    tokens = float(lengths(spec, asked.seed).mean())
+    n = np.arange(1, replica.limit + 1)
+    peak = float((n / replica.step_s[1:]).max())
+    least = asked.rate_per_s * tokens / peak if asked.rate_per_s else asked.copies / replica.limit
+    low, tried = 0, []
+    high = max(1, math.ceil(least))
+    if high > most:
+        raise ProblemError(f"throughput alone needs {high} replicas for this load, above --most {most}; raise it, or lower the load")
+    while not (outcome := play(replica, spec, asked, high)[0]).held:
+        tried.append(outcome)
+        low, high = high, max(high + 1, math.ceil(high * 1.5))
+        if high > most:
+            raise ProblemError(
+                f"no fleet of up to {low} replicas holds this load within the SLO (the last one: {100 * outcome.attainment:.1f} % of the streams); "
+                "raise --most, lower the load, or see whether one copy alone is within the SLO"
+            )
+    tried.append(outcome)
+    while high - low > max(1, high // 100):
+        middle = (low + high) // 2
+        outcome = play(replica, spec, asked, middle)[0]
+        tried.append(outcome)
+        low, high = (low, middle) if outcome.held else (middle, high)
+    best = next(outcome for outcome in tried if outcome.replicas == high)
+    return [*(one for one in tried if one is not best), best]
+
+
+class Bill(Frozen):
+    """What a fleet costs by the hour of the calendar, at the spec's prices. A device is a GPU, or the whole host where there is none."""
+
+    devices: float
+    hardware_usd_per_h: float
+    electricity_usd_per_h: float | None
+    usd_per_h: float
+    pages_per_h: float | None
+    usd_per_page: float | None
+
+
+def bill(spec: Spec, run: Finished, outcome: Outcome) -> Bill:
+    """Hours are paid whether or not they serve: an hour's price is the price at use times the utilisation."""
+    hardware = spec.prices.hardware
+    per_device = price.usd_per_device_hour(spec, "mid") * hardware.utilisation
+    each = spec.cluster.hardware.gpus_per_replica if isinstance(spec.cluster.hardware, GpuReplica) else 1.0
+    devices = outcome.replicas * each
+    joules = _joules_per_token(run, outcome.in_flight / outcome.replicas)
+    power = None if joules is None else outcome.tokens_per_s * 3600 * joules / price.J_PER_KWH * spec.prices.electricity_usd_per_kwh.value
+    total = devices * per_device + (power or 0.0 if isinstance(hardware, Owned) else 0.0)
+    words = [s.throughput.words_per_token for s in run.summary.stages if s.throughput and s.throughput.words_per_token]
+    pages = outcome.tokens_per_s * 3600 * float(np.mean(words)) / spec.page.words if words else None
+    return Bill(
+        devices=devices,
+        hardware_usd_per_h=devices * per_device,
+        electricity_usd_per_h=power if isinstance(hardware, Owned) else None,
+        usd_per_h=total,
+        pages_per_h=pages,
+        usd_per_page=total / pages if pages else None,
+    )
+
+
+def _joules_per_token(run: Finished, copies: float) -> float | None:
+    """Facility joules for a token at so many copies, between the measured stages."""
+    known = sorted(
+        (s.copies.n_run_client, s.cost.j_per_output_token.mid)
+        for s in run.summary.stages
+        if s.kind == "closed" and s.cost and s.cost.j_per_output_token and s.copies.n_run_client and s.verdict.level != "void"
+    )
+    return float(np.interp(copies, [n for n, _ in known], [j for _, j in known])) if known else None
+
+
+# ------------------------------------------------------------------------------------------------------ what it was found worth
+
+
+class Deviation(Frozen):
+    """A measured stage beside what the simulation says of it; deviations as fractions of the measured."""
+
+    load: str
+    replicas: int
+    tokens_per_s: float
+    tokens_per_s_predicted: float
+    ttft_p50_s: float
+    ttft_p50_s_predicted: float
+
+    @property
+    def throughput(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.tokens_per_s_predicted / self.tokens_per_s - 1
+
+    @property
+    def ttft(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.ttft_p50_s_predicted / self.ttft_p50_s - 1
+
+
+def deviations(replica: Replica, spec: Spec, run: Finished) -> list[Deviation]:
+    """The stages of a run (of any number of replicas of the same spec) against the simulation of the fitted replica."""
+    replicas = known_spec(run).cluster.replicas
+    found = []
+    for stage in run.summary.stages:
+        asked = _asked(stage)
+        if asked is None or stage.verdict.level != "valid" or stage.throughput is None or stage.latency is None or stage.latency.ttft_s is None:
+            continue
+        outcome = play(replica, spec, asked, replicas)[0]
+        if outcome.ttft_p50_s is None or asked.copies > replicas * replica.limit:
+            continue
+        found.append(
+            Deviation(
+                load=stage.title,
+                replicas=replicas,
+                tokens_per_s=stage.throughput.output_tokens_per_s.value,
+                tokens_per_s_predicted=outcome.tokens_per_s,
+                ttft_p50_s=stage.latency.ttft_s.p50,
+                ttft_p50_s_predicted=outcome.ttft_p50_s,
+            )
+        )
+    return found
+
+
+def _asked(stage: Stage) -> Asked | None:
+    if stage.kind == "closed" and stage.copies.asked:
+        return Asked(copies=stage.copies.asked)
+    if stage.kind == "poisson" and stage.rate and stage.rate.asked_per_s:
+        return Asked(rate_per_s=stage.rate.asked_per_s)
+    return None
+
+
+def stored() -> dict[str, Any]:
+    """What the simulation was worth when it was held against the real stack: the stages, the machine, the versions, the date."""
+    return dict(json.loads(resources.files("kilocopy").joinpath("plan_validation.json").read_text(encoding="utf-8")))
