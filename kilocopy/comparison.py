@@ -97,6 +97,7 @@ class Comparison(Frozen):
     others: list[str]
     runs: dict[str, list[str]]
     quality: dict[str, float]
+    parameters: dict[str, float]  # that work on one token
     differences: list[str]
     left_out: list[str]
     rows: list[Row]
@@ -123,6 +124,7 @@ def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None) -
         others=[side.name for side in sides[1:]],
         runs={side.name: [run.id for run in side.runs] for side in sides},
         quality=_quality(sides, quality or {}),
+        parameters={side.name: float(n) for side in sides if (n := (side.first.spec.get("model") or {}).get("parameters_active"))},
         differences=[said for side in sides[1:] for said in _differences(base, side)],
         left_out=list(dict.fromkeys(left_out)),
         rows=rows,

@@ -17,8 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from kilocopy import report, sections
-from kilocopy.charts import charts
+from kilocopy import appendix, charts, report
 from kilocopy.figures import Figure, figures
 from kilocopy.report import DASH, band, counted, from_spec, interval, latency, load_label, money, number, percent, place, seconds, times
 from kilocopy.summary import Cost, Ratio, Stage, Summary, Throughput
@@ -106,6 +105,8 @@ def render_html(summary: Summary) -> str:
         humans=_humans(summary),
         checks=_checks(summary),
         prices=[_price(price) for price in summary.prices],
+        appendix=appendix.tables(),
+        multiplier=appendix.multiplier(summary)[1],
         conditions=_conditions(summary),
         rules=_rules(summary),
         pages_rest="at an assumed number of words per output token, since the text means nothing" if report.assumed_words(summary) else "of the decoded text, counted, not assumed from tokens",

@@ -10,6 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from rich.console import Console
 
+from kilocopy import sizes
 from kilocopy.comparison import ALL_METRICS, BASES, OWN_N_SLO, Comparison, Point, Row, Spread, compare
 from kilocopy.figures import BLUE, GREY, ORANGE, RED, Figure, dressed, log_ticks
 from kilocopy.problem import ProblemError
@@ -59,6 +60,7 @@ def sheet(comparison: Comparison) -> Sheet:
             *(_ratios(comparison, at, rows) for at, rows in places if at == OWN_N_SLO),
             Section("Cost of a page against speed of a copy", table=_points(comparison), figures=[frontier(comparison)]),
             *(_ratios(comparison, at, rows) for at, rows in places if at != OWN_N_SLO),
+            *_over_size(comparison),
             Section("What is compared", sentences=_compared(comparison)),
         ],
     )
@@ -137,6 +139,27 @@ def _compared(comparison: Comparison) -> list[str]:
     runs = [f"{name}: {', '.join(ids)}." for name, ids in comparison.runs.items()]
     alike = "Workload, page and SLO are the same on all sides (the seed may differ)."
     return [*runs, alike, *(comparison.differences or ["Nothing else in the specs, versions and hosts differs."])]
+
+
+def _over_size(comparison: Comparison) -> list[Section]:
+    """$/page against parameters, where the sides have several sizes: each at its cheapest load, the same for all where there is one."""
+    cheapest: dict[str, Spread] = {}
+    for point in comparison.points:
+        if point.usd_per_page and (point.side not in cheapest or point.usd_per_page.value < cheapest[point.side].value):
+            cheapest[point.side] = point.usd_per_page
+    known = [(comparison.parameters[side], usd.value) for side, usd in cheapest.items() if side in comparison.parameters]
+    if len({size for size, _ in known}) < 2:
+        return []
+    title = "Cost of a page over model size"
+    law = sizes.fit(known)
+    if isinstance(law, str):
+        return [Section(title, sentences=[law])]
+    said = f"$/page ~ N^{law.alpha:.3g}, 95 % of the exponent [{law.low:.3g} – {law.high:.3g}], from {len(set(law.sizes))} measured sizes, each at its cheapest valid load."
+    largest = max(law.sizes)
+    rows = [[f"{number(size)} parameters", "measured" if size in law.sizes else "EXTRAPOLATED", *(money(value) for value in law.at(size))]
+            for size in (*sorted(set(law.sizes)), 10 * largest, 1000 * largest)]  # fmt: skip
+    note = "Extrapolated: nothing of that size was measured; larger models need other hardware, parallelism and batches than the line knows of."
+    return [Section(title, [said], Rows(("size", "", "$/page on the line", "95 % low", "high"), rows, words=2, note=note))]
 
 
 def _points(comparison: Comparison) -> Rows:

@@ -173,6 +173,20 @@ def test_what_differs_is_listed(make: Make) -> None:
     assert any("prices.hardware.usd_per_device_hour.value): 4" in said for said in found.differences)
 
 
+def test_three_sizes_make_a_line_that_is_called_an_extrapolation_beyond_them(make: Make) -> None:
+    """A page takes as long as the square root of the parameters: alpha 0.5; two sizes make no line."""
+    def model(n: float) -> dict[str, Any]:
+        return {"id": f"m{n:g}", "source": "/x", "parameters_active": n}
+
+    runs = [make(f"m{n:.0f}", 0.02 * (n / 1e6) ** 0.5, model=model(n)) for n in (1e6, 4e6, 16e6)]
+    section = next(s for s in side_by_side.sheet(compare(sides(runs))).sections if s.title == "Cost of a page over model size")
+    assert section.sentences[0].startswith("$/page ~ N^0.5")
+    assert section.table is not None
+    assert [row[1] for row in section.table.rows] == ["measured"] * 3 + ["EXTRAPOLATED"] * 2
+    section = next(s for s in side_by_side.sheet(compare(sides(runs[:2]))).sections if s.title == "Cost of a page over model size")
+    assert section.sentences == ["A fit over model size needs 3 sizes; there are 2."]
+
+
 def test_what_cannot_be_read_is_a_sentence(make: Make, tmp_path: Path) -> None:
     old, good = Path(make()), make("b")
     tree = json.loads((old / "summary.json").read_text())
