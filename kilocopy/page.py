@@ -17,7 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from kilocopy import appendix, charts, report
+from kilocopy import appendix, report, sections
+from kilocopy.charts import charts
 from kilocopy.figures import Figure, figures
 from kilocopy.report import DASH, band, counted, from_spec, interval, latency, load_label, money, number, percent, place, seconds, times
 from kilocopy.summary import Cost, Ratio, Stage, Summary, Throughput
