@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from cluster import application
-from kilocopy.application import APPLICATION, environment
+from kilocopy.application import APPLICATION, DIRECT, environment, measured_environment
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.records import write_json
 from kilocopy.spec import CpuReplica, GpuReplica, Spec
@@ -145,6 +145,8 @@ def start_ray(spec: Spec, local: bool) -> None:
                 f"cluster.address {spec.cluster.address}: no Ray cluster answers there ({first_line(error)}); `ray status` on its head says whether it runs"
             ) from None
     take_signals()
+    if not local:
+        check_nodes(spec)
     if isinstance(spec.cluster.hardware, GpuReplica):
         need, have = spec.cluster.devices, float(ray.cluster_resources().get("GPU", 0))
         if need > have + 1e-9:
@@ -152,6 +154,59 @@ def start_ray(spec: Spec, local: bool) -> None:
                 f"cluster.replicas {spec.cluster.replicas} x gpus_per_replica {spec.cluster.hardware.gpus_per_replica:g} needs {need:g} GPUs, "
                 f"the cluster has {have:g}: lower one of them, or set hardware.kind: cpu"
             )
+
+
+def check_nodes(spec: Spec) -> None:
+    """What only whoever started a node's Ray could set: Serve's environment, and this project on the path. Raises StartError for the first that lacks it."""
+    import ray  # noqa: PLC0415
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
+    def ask(names: list[str]) -> tuple[dict[str, str | None], bool]:
+        import importlib.util  # noqa: PLC0415  runs on the node
+        import os  # noqa: PLC0415
+
+        try:
+            found = importlib.util.find_spec("cluster.replica") is not None
+        except ImportError:
+            found = False
+        return {name: os.environ.get(name) for name in names}, found
+
+    names, asked = [*measured_environment(spec), *DIRECT], {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[node["NodeManagerAddress"]] = ray.remote(ask).options(num_cpus=0, scheduling_strategy=here, max_retries=0).remote(names)
+    for address, answer in asked.items():
+        try:
+            has, importable = ray.get(answer, timeout=120)
+        except Exception as error:
+            raise StartError(f"cluster.address {spec.cluster.address}: node {address} does not answer: {first_line(error)}") from None
+        if wrong := environment_fault(spec, has):
+            raise StartError(f"cluster.address {spec.cluster.address}: Ray on node {address} {wrong}")
+        if not importable and isinstance(spec.cluster.hardware, CpuReplica):
+            raise StartError(
+                f"cluster.address {spec.cluster.address}: node {address} does not find this project's cluster/ folder: start Ray there with PYTHONPATH at a checkout of it"
+            )
+
+
+def environment_fault(spec: Spec, has: dict[str, str | None]) -> str | None:
+    """What is wrong with the environment that a node's Ray was started with; None where it is the spec's. More connections of HAProxy are fine."""
+    if spec.cluster.routing == "proxy":
+        switched_on = [name for name in DIRECT if has[name] == "1"]
+        if switched_on:
+            return f"was started with {', '.join(switched_on)}, so it would not route as cluster.routing: proxy says; set direct, or start Ray without them"
+    lacking = []
+    for name, value in measured_environment(spec).items():
+        there = has[name] or ""
+        enough = name == "RAY_SERVE_HAPROXY_MAXCONN" and there.isdigit() and int(there) >= int(value)
+        if there != value and not enough:
+            lacking.append(f"{name}={value}")
+    if not lacking:
+        return None
+    return (
+        f"was started without {' '.join(lacking)}: it reads them when it starts, so put them into the environment of `ray start` on the head and on every worker "
+        "(`kilocopy deploy render` does)" + ("; cluster.routing: proxy needs less, and is slower" if spec.cluster.routing == "direct" else "")
+    )
 
 
 def deploy(spec: Spec, state: State) -> None:

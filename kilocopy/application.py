@@ -14,6 +14,9 @@ from kilocopy.spec import CpuReplica, GpuReplica, Spec, streams_max
 
 APPLICATION = "kilocopy"
 GPU_MEMORY_UTILIZATION = 0.9  # of a replica's share of a GPU, where the spec does not say: the rest is CUDA's own and its graphs'
+DIRECT = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING")
+RAY_VERSION = "2.60.0"  # of requirements/*.in, and of the image
+IMAGE_CHECKOUT = "/opt/kilocopy"  # where deploy/Dockerfile puts this project's folder
 
 
 def environment(spec: Spec, checkout: str) -> dict[str, str]:
@@ -21,26 +24,27 @@ def environment(spec: Spec, checkout: str) -> dict[str, str]:
 
     `checkout` is where the nodes have this project's folder: replicas import `cluster.replica` from it.
     """
-    copies = max(streams_max(stage) for stage in spec.stages)
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # One try a replica: an engine that cannot start says so at once instead of three minutes later.
         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
-        # The servers' counters are compared with the client's at the edges of every stage: they must not lag by 10 s.
-        "RAY_metrics_report_interval_ms": "1000",
         "PYTHONPATH": checkout,
+        **measured_environment(spec),
     }
-    if spec.cluster.routing == "direct":
-        variables |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
-            "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 4 * copies)),
-        }
     if isinstance(spec.cluster.hardware, GpuReplica):
         variables["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"
+    return variables
+
+
+def measured_environment(spec: Spec) -> dict[str, str]:
+    """The part of `environment` without which figures would be other ones: the routing that the spec names, and counters that do not lag."""
+    # The servers' counters are compared with the client's at the edges of every stage: they must not lag by 10 s.
+    variables = {"RAY_metrics_report_interval_ms": "1000"}
+    if spec.cluster.routing == "direct":
+        copies = max(streams_max(stage) for stage in spec.stages)
+        variables |= dict.fromkeys(DIRECT, "1") | {"RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 4 * copies))}
     return variables
 
 
@@ -103,3 +107,19 @@ def llm_config(spec: Spec, directory: str | None) -> dict[str, Any]:
     if directory:
         config["callback_config"] = {"callback_class": "cluster.replica.ModelOnDisk"}
     return config
+
+
+def serve_config(spec: Spec, directory: str | None) -> dict[str, Any]:
+    """The application as `serve deploy` takes it from a file: what `kilocopy serve` hands to Serve, with the endpoint on all interfaces."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": spec.cluster.port},  # noqa: S104  pods reach it by their addresses
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "ray.serve.llm:build_openai_app",
+                "args": {"llm_configs": [llm_config(spec, directory)]},
+            }
+        ],
+    }

@@ -18,12 +18,14 @@ from kilocopy import (
     __version__,
     campaign,
     check,
+    deploying,
     doctor,
     experiment,
     faults,
     fleet_plan,
     history,
     manifest,
+    placement,
     provision,
     run,
     serving,
@@ -40,12 +42,18 @@ app = typer.Typer(
 
 boards = typer.Typer(help="What Grafana and Prometheus show of a run, as files.", no_args_is_help=True)
 app.add_typer(boards, name="dashboards")
+deploy = typer.Typer(help="Bring a spec to a cluster: as files to review, and with your own kubectl, docker compose or ray up.", no_args_is_help=True)
+app.add_typer(deploy, name="deploy")
 
 INTERRUPTED = 130
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="Spec file (YAML); `kilocopy init` writes one.")]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory of run directories.")]
 Web = Annotated[bool, typer.Option("--web", help="Locust's web UI on loopback.")]
+DeployTarget = Annotated[
+    deploying.Target, typer.Option("--target", help="KubeRay on Kubernetes, docker compose on one GPU host, or Ray's cluster launcher.")
+]
+DeployOut = Annotated[Path | None, typer.Option("--out", help="Folder of the files; by default NAME-TARGET here.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, max=1024, help="Driver processes on this host; one reads about a thousand streams.")]
 Resume = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an experiment that was cut off.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json instead of the report.")]
@@ -114,7 +122,9 @@ def train(out: Annotated[Path, typer.Option("--out", help="Directory of the mode
 
 @app.command()
 def serve(
-    spec: SpecFile, address: Annotated[str | None, typer.Option("--address", help="Join this Ray instead of cluster.address.")] = None
+    spec: SpecFile,
+    address: Annotated[str | None, typer.Option("--address", help="Join this Ray instead of cluster.address.")] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Stay until Ctrl-C or SIGTERM, then stop the replicas: for containers.")] = False,
 ) -> None:
     """Start the replicas, wait until each answers, and leave them serving; `kilocopy down` stops them."""
     loaded = load(spec)
@@ -122,8 +132,10 @@ def serve(
         loaded = experiment.plan(loaded)[0].spec
     if address:
         loaded = loaded.model_copy(update={"cluster": loaded.cluster.model_copy(update={"address": address})})
-    with run.serve(loaded, keep=True) as state:
+    with run.serve(loaded, keep=not stay) as state:
         typer.echo(state["url"])
+        if stay:
+            serving.stay()
 
 
 @app.command()
@@ -307,6 +319,42 @@ def push_command(
         typer.echo(f"  {pushed.what}: {pushed.change}" + (f"  ({pushed.more})" if pushed.more else ""))
     changed = sum(change in {"created", "updated"} for change in done)
     typer.echo(f"{changed} of {len(done)} changed" if changed else "nothing changed")
+
+
+@deploy.command("render")
+def deploy_render(spec: SpecFile, target: DeployTarget = "kuberay", out: DeployOut = None) -> None:
+    """Write the files of a deployment, and nothing else: they are to be read."""
+    loaded = load(spec)
+    for path in deploying.render(loaded, target, out):
+        typer.echo(path)
+    for note in placement.notes(loaded):
+        typer.echo(f"note: {note}", err=True)
+
+
+@deploy.command("apply")
+def deploy_apply(
+    spec: SpecFile,
+    target: DeployTarget = "kuberay",
+    out: DeployOut = None,
+    driven: Annotated[bool, typer.Option("--drive", help="Then drive it, from workers that are there too.")] = False,
+) -> None:
+    """Write the files, apply them with your own kubectl, docker compose or ray up, and wait until requests are answered."""
+    loaded = load(spec)
+    for note in placement.notes(loaded):
+        _say(f"note: {note}")
+    where = deploying.apply(loaded, target, out, _say)
+    if driven:
+        deploying.drive(loaded, target, where, _say)
+
+
+@deploy.command("delete")
+def deploy_delete(spec: SpecFile, target: DeployTarget = "kuberay", out: DeployOut = None) -> None:
+    """Take away what `kilocopy deploy apply` made, and nothing else. Run directories stay."""
+    deploying.delete(load(spec), target, out, _say)
+
+
+def _say(words: str) -> None:
+    typer.echo(f"deploy  {words}", err=True)
 
 
 @app.command("doctor")

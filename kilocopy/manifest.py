@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with '+changes' when the tree differs from it; None outside a checkout."""
+    """The checkout's commit, with '+changes' when the tree differs from it; an image's own (KILOCOPY_COMMIT); else None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(CHECKOUT), *arguments]
@@ -122,7 +122,7 @@ def commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("KILOCOPY_COMMIT") or None
 
 
 def hardware() -> dict[str, Any]:

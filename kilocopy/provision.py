@@ -66,7 +66,12 @@ def render(folder: Path, watched: Watched, *, prometheus_url: str = "http://127.
     `prometheus_url` is where Grafana finds Prometheus; `seen_at` is the folder's own path as Grafana sees it, where that is another
     (in a container). Files that are the same already are left alone. Raises ProblemError where something cannot be written or read.
     """
-    seen = seen_at or str(folder.resolve())
+    write(folder, files(watched, prometheus_url, seen_at or str(folder.resolve())))
+    return {"prometheus": folder / "prometheus" / "prometheus.yml", "grafana": folder / "grafana" / "provisioning"}
+
+
+def files(watched: Watched, prometheus_url: str, seen_at: str) -> dict[str, str]:
+    """What `render` writes: texts by their names in the folder, which Grafana sees as `seen_at`. Raises ProblemError."""
     made = {
         "prometheus/prometheus.yml": yaml_text(scrape_config(watched)),
         "prometheus/rules/kilocopy.yaml": rules.text(),
@@ -74,12 +79,10 @@ def render(folder: Path, watched: Watched, *, prometheus_url: str = "http://127.
             {"apiVersion": 1, "datasources": [_provisioned(prometheus_url, watched)]}
         ),
         "grafana/provisioning/dashboards/kilocopy.yaml": yaml_text(
-            {"apiVersion": 1, "providers": [_provider(f"{seen}/grafana/dashboards")]}
+            {"apiVersion": 1, "providers": [_provider(f"{seen_at}/grafana/dashboards")]}
         ),
     }
-    made |= {f"grafana/dashboards/{name}": text for name, text in dashboard_files().items()}
-    write(folder, made)
-    return {"prometheus": folder / "prometheus" / "prometheus.yml", "grafana": folder / "grafana" / "provisioning"}
+    return made | {f"grafana/dashboards/{name}": text for name, text in dashboard_files().items()}
 
 
 def write(folder: Path, made: dict[str, str]) -> None:
@@ -154,11 +157,11 @@ def _job(name: str, interval_s: float, found: dict[str, Any], *relabelled: dict[
     """One job. Labels of a page stand before those of its target (`honor_labels`): a driver says itself of which cluster it is."""
     every = f"{max(1, round(1000 * interval_s))}ms"
     timed = {"scrape_interval": every, "scrape_timeout": every}
-    more = {"relabel_configs": list(relabelled), "metric_relabel_configs": _one_name_for_both()}
+    more = {"relabel_configs": list(relabelled), "metric_relabel_configs": one_name_for_both()}
     return {"job_name": name, "honor_labels": True, **timed, **found, **more}
 
 
-def _one_name_for_both() -> list[dict[str, Any]]:
+def one_name_for_both() -> list[dict[str, Any]]:
     """vLLM's own pages under the names that Ray's agents give; without what Ray makes up, and without what nobody here asks for."""
     return [
         # Histograms' sums from Ray are made from the middles of buckets.

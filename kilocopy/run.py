@@ -36,7 +36,7 @@ def run(spec: Spec, runs: Path, *, web: bool = False, keep: bool = False, quiet:
 
 def check(spec: Spec, runs: Path, workers: int = 1) -> None:
     """What would only fail after minutes of starting is refused first. Raises ProblemError."""
-    for key, path in _files(spec):
+    for key, path in files(spec):
         if not Path(path).is_file():
             raise ProblemError(f"{key} {path}: no such file; a path is relative to the current directory")
     limits.refuse(max(streams_max(stage) for stage in spec.stages), workers)
@@ -46,7 +46,7 @@ def check(spec: Spec, runs: Path, workers: int = 1) -> None:
         raise ProblemError(f"--runs {runs}: run directories cannot be made there ({error.strerror}); name another directory") from None
 
 
-def _files(spec: Spec) -> Iterator[tuple[str, str]]:
+def files(spec: Spec) -> Iterator[tuple[str, str]]:
     """The files that a spec names for the driver, with their keys."""
     prompts = spec.workload.prompts
     named = {

@@ -1,7 +1,7 @@
 """Starts, watches and stops the serving process (`cluster/serve.py`), across an environment boundary: files and signals only.
 
-The state directory (KILOCOPY_STATE, by default ~/.local/state/kilocopy) holds spec.json, state.json and serve.log of the one
-serving that this user has here.
+The state directory (KILOCOPY_STATE, by default ~/.local/state/kilocopy) holds spec.json, state.json, serve.log and targets/servers.json
+(the metrics pages, as Prometheus finds them) of the one serving that this user has here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import psutil
 
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.problem import ProblemError
+from kilocopy.scrape import write_targets
 from kilocopy.spec import CpuReplica, Spec
 
 MARK = "KILOCOPY_SERVE_ID"
@@ -143,7 +144,9 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        return _wait(process, directory, on_change, time.monotonic() + spec.cluster.start_timeout_s + 300)
+        state = _wait(process, directory, on_change, time.monotonic() + spec.cluster.start_timeout_s + 300)
+        write_targets(directory, state["metrics"], spec.name)  # for a Prometheus that watches whatever is served here
+        return state
     except BaseException:
         on_change({"phase": "stopping"})
         stop()
@@ -170,6 +173,13 @@ def _wait(process: subprocess.Popen[bytes], directory: Path, on_change: Callable
                 f"serving hangs in phase '{(seen or {}).get('phase')}', past cluster.start_timeout_s; log: {directory / 'serve.log'}"
             )
         time.sleep(0.25)
+
+
+def stay() -> None:
+    """Wait as long as the serving process lives. Raises ProblemError when it ends by itself."""
+    while (state := status()) and state["alive"]:
+        time.sleep(1)
+    raise ProblemError(f"{(state or {}).get('error') or 'the serving process ended'}\n  log: {state_dir() / 'serve.log'}", code=1)
 
 
 def root_cause(log: Path) -> str | None:

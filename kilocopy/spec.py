@@ -7,6 +7,7 @@ a field that does not apply cannot exist, and no price has a default. `load` ans
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ TAGS = {
     "measured", "published", "cpu", "gpu", "synthetic", "file", "owned", "rented",
     "closed", "constant", "poisson", "gamma", "ramp", "steps", "trace", "search",
     "fixed", "uniform", "normal", "lognormal", "empirical", "dataset", "frontier", "scaling", "best_of_n", "k_shot",
+    "claim", "uri", "redis", "rocksdb", "aws", "gcp",
 }  # fmt: skip
 
 
@@ -39,6 +41,16 @@ OWN_FIELDS = {
     "model", "stream", "stream_options", "prompt", "messages", "n", "max_tokens", "max_completion_tokens", "seed",
     "temperature", "top_p", "ignore_eos",
 }  # fmt: skip
+
+
+# Ray's names of GPU types (`ray.util.accelerators`): a name that no node carries would leave replicas waiting for ever.
+ACCELERATORS = (
+    "V100", "P100", "T4", "P4", "K80", "A10G", "L4", "L40S", "A100", "A100-40G", "A100-80G", "H100", "H200", "H20", "B200", "B300", "GB200",
+    "GB300", "RTX-PRO-6000", "Intel-GPU-Max-1550", "Intel-GPU-Max-1100", "AMD-Instinct-MI100", "AMD-Instinct-MI250X",
+    "AMD-Instinct-MI250X-MI250", "AMD-Instinct-MI210", "AMD-Instinct-MI300A", "AMD-Instinct-MI300X-OAM", "AMD-Instinct-MI300X-HF",
+    "AMD-Instinct-MI308X", "AMD-Instinct-MI325X-OAM", "AMD-Instinct-MI350X-OAM", "AMD-Instinct-MI355X-OAM", "AMD-Radeon-R9-200-HD-7900",
+    "AMD-Radeon-HD-7900",
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -110,6 +122,14 @@ class GpuReplica(Strict):
     kind: Literal["gpu"]
     type: str | None = Field(None, description="Ray's accelerator type, e.g. H100; none takes any GPU.")
     gpus_per_replica: Positive = Field(1, description="A fraction below 1 shares a GPU; else tensor_parallel x pipeline_parallel.")
+
+    @model_validator(mode="after")
+    def _known(self) -> GpuReplica:
+        if self.type is not None and self.type not in ACCELERATORS:
+            near = difflib.get_close_matches(self.type.upper(), ACCELERATORS, 1, 0.3)
+            said = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"Ray knows no accelerator type {self.type!r}: {said}none takes any GPU; Ray's names are {', '.join(ACCELERATORS)}")
+        return self
 
 
 class Cluster(Strict):
@@ -643,6 +663,172 @@ class Prices(Strict):
     )
 
 
+DnsLabel = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$", max_length=63)]
+DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+
+
+class SecretKey(Strict):
+    """Where a secret is, never what it is: a Kubernetes Secret's name and the key in it."""
+
+    name: DnsName
+    key: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+
+
+class Node(Strict):
+    """What serving may take of one node: of its whole, less what the system keeps."""
+
+    gpus: Count | None = Field(None, description="GPUs of one node; a spec for CPUs has none.")
+    cpus: Count
+    memory_gib: Count
+    shm_gib: Count = Field(16, description="Shared memory (/dev/shm), counted in memory_gib: NCCL and Ray's object store.")
+
+
+class Head(Strict):
+    """The head takes no work: it places, and watches."""
+
+    cpus: Count = 4
+    memory_gib: Count = 16
+
+
+class Toleration(Strict):
+    """A taint of the nodes that serving may run on, as Kubernetes has it."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Toleration:
+        if (self.operator == "Equal") != (self.value is not None):
+            raise ValueError("value goes with operator: Equal, and Equal with a value")
+        if self.key is None and self.operator == "Equal":
+            raise ValueError("operator: Equal needs a key")
+        return self
+
+
+class ModelStore(Strict):
+    """A PersistentVolumeClaim that is there already, with models in it; mounted read-only on every node and in the driver."""
+
+    claim: DnsName
+    path: str = Field("/models", pattern=r"^/[^:]*$", description="Where it is mounted; model.source is a path below it.")
+
+
+class DriverSize(Strict):
+    """The Locust workers: how many streams one of them reads, and what it takes."""
+
+    streams_per_worker: Count = Field(
+        default=1000, description="Streams that one driver process reads honestly at 50 tokens/s each (docs/benchmark.md); `make bench` measures yours."
+    )
+    workers: Count | None = Field(default=None, description="So many workers, whatever the stages ask; none works it out from streams_per_worker.")
+    cpus: Positive = 1
+    memory_gib: Positive = 2
+
+
+class ClaimResults(Strict):
+    """Run directories go to a PersistentVolumeClaim, which outlives `kilocopy deploy delete`."""
+
+    kind: Literal["claim"]
+    name: DnsName | None = Field(default=None, description="A claim that is there already; none makes one.")
+    size_gib: Count = 50
+    storage_class: DnsName | None = None
+    access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = Field(default="ReadWriteOnce", description="The leader alone writes: all records come to it.")
+
+
+class ObjectStoreResults(Strict):
+    """Run directories are copied to an object store while they grow, and once more at the end."""
+
+    kind: Literal["uri"]
+    uri: str = Field(pattern=r"^(s3|gs)://[^/@?]+(/[^@?]*)?$", description="s3://bucket/folder or gs://bucket/folder; credentials come from the pod's service account.")
+    service_account: DnsName | None = Field(None, description="Service account of the driver's pods, which may write there.")
+    every_s: Annotated[float, Field(ge=5)] = Field(30, description="How often what changed is copied: what a lost node loses at most.")
+
+
+class RedisFaultTolerance(Strict):
+    """Ray's control state in a Redis that is there already: a lost head comes back without restarting the replicas."""
+
+    kind: Literal["redis"]
+    address: str = Field(pattern=r"^[^@/\s]+:[0-9]+$", description="host:port")
+    password: SecretKey | None = None
+
+
+class RocksDbFaultTolerance(Strict):
+    """Ray's control state on a volume of the head's own, which the operator makes."""
+
+    kind: Literal["rocksdb"]
+    size_gib: Count = 1
+    storage_class: DnsName | None = None
+
+
+class Monitoring(Strict):
+    """The Prometheus Operator's Prometheus, and Grafana beside it."""
+
+    namespace: DnsLabel = Field(default="monitoring", description="Prometheus' namespace, which alone may read the metrics pages.")
+    labels: dict[str, str] = Field(
+        default_factory=lambda: {"release": "prometheus"}, description="Labels by which Prometheus selects its monitors and rules."
+    )
+
+
+class AwsLauncher(Strict):
+    """`ray up` on EC2."""
+
+    kind: Literal["aws"]
+    region: str
+    availability_zone: str | None = None
+    head_instance: str = "m6i.2xlarge"
+    worker_instance: str = Field(description="e.g. p5.48xlarge: deploy.node says what it has.")
+    image_id: str = Field(pattern=r"^ami-[0-9a-f]+$", description="AMI with the NVIDIA driver and Docker, of that region.")
+    disk_gib: Count = 500
+    ssh_user: str = "ubuntu"
+
+
+class GcpLauncher(Strict):
+    """`ray up` on Compute Engine."""
+
+    kind: Literal["gcp"]
+    project: str
+    region: str
+    availability_zone: str
+    head_machine: str = "n2-standard-8"
+    worker_machine: str = Field(description="e.g. a3-highgpu-8g: deploy.node says what it has.")
+    accelerator: str | None = Field(None, description="e.g. nvidia-l4, where the machine type does not bring its own GPUs.")
+    source_image: str = Field(description="Boot image with the NVIDIA driver and Docker: projects/.../global/images/...")
+    disk_gib: Count = 500
+    ssh_user: str = "ubuntu"
+
+
+class Deploy(Strict):
+    """How the spec gets onto a cluster (`kilocopy deploy`). Nothing secret stands here: secrets are named, not told."""
+
+    image: str = Field(description="The image, built from deploy/Dockerfile and pushed by you; with a tag or a digest.")
+    name: DnsLabel | None = Field(None, max_length=47, description="Of everything that is made; none takes the spec's name.")
+    namespace: DnsLabel = Field("kilocopy", description="It has to be there: `kubectl create namespace`.")
+    image_pull_secret: DnsName | None = None
+    node: Node
+    hosts_per_replica: Count = Field(1, description="Nodes that one replica spans, for replicas larger than a node.")
+    head: Head = Head()
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes that serve.")
+    tolerations: list[Toleration] = Field(default_factory=list)
+    gpu_resource: str = Field("nvidia.com/gpu", description="The nodes' name for a GPU.")
+    hf_token: SecretKey | None = Field(None, description="Hugging Face token, for gated models.")
+    api_key: SecretKey | None = Field(None, description="Key that the driver sends with each request.")
+    models: ModelStore | None = None
+    driver: DriverSize = DriverSize()
+    results: Annotated[ClaimResults | ObjectStoreResults, Field(discriminator="kind")] = ClaimResults(kind="claim")
+    gcs_fault_tolerance: Annotated[RedisFaultTolerance | RocksDbFaultTolerance, Field(discriminator="kind")] | None = None
+    monitoring: Monitoring | None = Field(Monitoring(), description="null where the cluster has no Prometheus Operator.")
+    launcher: Annotated[AwsLauncher | GcpLauncher, Field(discriminator="kind")] | None = Field(None, description="Machines for --target ray.")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Deploy:
+        name = self.image.rpartition("/")[2]
+        if "@sha256:" not in name and (":" not in name or name.endswith(":latest")):
+            raise ValueError(f"image {self.image}: give it a tag other than latest, or a digest: a report has to say what ran")
+        if self.node.shm_gib >= self.node.memory_gib:
+            raise ValueError(f"node.shm_gib {self.node.shm_gib} is part of node.memory_gib {self.node.memory_gib}: make it smaller")
+        return self
+
+
 class Spec(Strict):
     """A run, whole."""
 
@@ -655,6 +841,7 @@ class Spec(Strict):
     slo: Slo = Slo()
     page: Page = Page()
     prices: Prices
+    deploy: Deploy | None = None
 
     @model_validator(mode="after")
     def _words(self) -> Spec:
@@ -673,8 +860,9 @@ class Spec(Strict):
 
     @property
     def sha256(self) -> str:
-        """Hash of the spec as resolved: the same for two files that mean the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Hash of the spec as resolved: the same for two files that mean the same. How it gets onto a cluster is not in it."""
+        said = self.model_dump(mode="json", exclude={"deploy"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Spec:

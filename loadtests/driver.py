@@ -11,6 +11,7 @@ a cancelled row and the records are closed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -41,6 +42,7 @@ from loadtests.workload import Workload
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 EXIT_BUG, EXIT_DISK_FULL, EXIT_INTERRUPTED = 1, 3, 130
+PORTS_TRIED = 1024
 MASTER_S = 1.0  # how often the master says how far the run is
 
 
@@ -108,10 +110,21 @@ def _exporter(spec: Spec, run_dir: Path, worker: int) -> Exporter | None:
         return None
     constant = {"run": run_dir.name, "model": spec.model.id, "worker": str(worker), "cluster": spec.name}
     host = os.environ.get("KILOCOPY_EXPORT_HOST", "127.0.0.1")
-    exporter = Exporter(constant, spec, host=host, port=int(os.environ.get("KILOCOPY_EXPORT_PORT", "0")))
+    exporter = _first_free(lambda port: Exporter(constant, spec, host=host, port=port), int(os.environ.get("KILOCOPY_EXPORT_PORT", "0")))
     with contextlib.suppress(OSError):  # a run goes on without being watched
         write_file_sd(run_dir / "targets" / f"worker{worker}.json", [f"{host}:{exporter.port}"], {"job": "kilocopy"})
     return exporter
+
+
+def _first_free(listen: Callable[[int], Exporter], port: int) -> Exporter:
+    """Listen on a port, or on the next one that is free: the workers of one host are given the same to begin at. 0 takes any."""
+    for number in range(port, port + PORTS_TRIED) if port else (0,):
+        try:
+            return listen(number)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise ProblemError(f"KILOCOPY_EXPORT_PORT {port}: this port and the {PORTS_TRIED - 1} after it are in use")
 
 
 class Driver:
