@@ -161,6 +161,17 @@ async def play(engine: Any, run_dir: Path, prompts_path: Path) -> int:
     return done
 
 
+async def warm_up(engine: Any) -> None:
+    """Two short requests: the first pays for what is built lazily (cluster/serve.py does the same to replicas)."""
+    from vllm import SamplingParams  # noqa: PLC0415
+
+    async def ask(number: int) -> None:
+        async for _ in engine.generate("The", SamplingParams(max_tokens=8, ignore_eos=True), f"warm-up-{number}"):
+            pass
+
+    await asyncio.gather(ask(0), ask(1))
+
+
 async def serve(spec: Spec, answers: TextIO) -> None:
     """Load the engine, then do a job a line until the input ends. A job that fails is answered with its error; the engine goes on."""
     engine = load(spec)
@@ -170,6 +181,7 @@ async def serve(spec: Spec, answers: TextIO) -> None:
         answers.flush()
 
     try:
+        await warm_up(engine)
         say(phase="ready")
         while line := await asyncio.to_thread(sys.stdin.readline):
             job = json.loads(line)

@@ -111,12 +111,21 @@ class Session:
                 run_dir = run_dirs[0]
             else:
                 said, run_dir = {}, engine.play(unit.spec, unit.workers)
-        status = records.read_events(run_dir)[-1].get("reason")
-        if status == "interrupted":
-            raise KeyboardInterrupt  # the driver closed its records and left the unit unfinished
+        whole(run_dir)
         relative = str(run_dir.relative_to(self._results.folder))
         cores = processes.cores(*window_s(run_dir))
         self._results.write(unit.name, "done", unit.key, kind=unit.kind, group=unit.group, run_dir=relative, cores=cores, meter=said)
+
+
+def whole(run_dir: Path) -> None:
+    """A run that did not come to its end is no result: Ctrl-C goes on up, a driver that died is a failure. Raises KeyboardInterrupt or ProblemError."""
+    from kilocopy.recompute import summarise  # noqa: PLC0415  scipy, only where it is needed
+
+    if any(event.get("reason") == "interrupted" for event in records.read_events(run_dir)):
+        raise KeyboardInterrupt
+    summary = summarise(run_dir)
+    if summary.status != "complete":
+        raise ProblemError(f"{run_dir}: {summary.status_sentence}")
 
 
 def window_s(run_dir: Path) -> tuple[float, float]:
