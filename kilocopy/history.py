@@ -34,7 +34,8 @@ from kilocopy.summary import SCHEMA_VERSION, Frozen
 
 POINTS_MIN = 3
 DAYS_PER_YEAR = 365.25
-SAME = ("workload", "stages", "page", "slo")
+SAME_TO = 1e-9  # of its logarithm: rounding is no trend
+SAME = ("workload", "stages", "experiment", "page", "slo")
 
 
 class Point(Frozen):
@@ -211,6 +212,8 @@ def trend(figure: str, points: list[Point]) -> Trend:
         return _no_trend(figure, known, f"{len(known)} run{'s' if len(known) != 1 else ''} with this figure, and a trend needs {POINTS_MIN}")
     if np.ptp(days) < 1:
         return _no_trend(figure, known, "all runs are of one day")
+    if np.ptp(np.log([value for _, value in known])) < SAME_TO:
+        return _no_trend(figure, known, "it is the same in all runs")
     slope, error, freedom = line(days / DAYS_PER_YEAR, np.log([value for _, value in known]))
     half = float(stdtrit(freedom, 0.975)) * error
     low, high = slope - half, slope + half
