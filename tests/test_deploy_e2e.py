@@ -27,6 +27,7 @@ from tests.deployments import ROOT, SAFE, document
 from tests.test_e2e import free_port
 
 BIN = Path(sys.executable).parent
+ADDRESS = re.compile(r"--address='([\w.:]+)'")
 
 
 class Node:
@@ -53,9 +54,11 @@ class Node:
             try:
                 self.ask("/api/version")
             except OSError:
-                time.sleep(0.5)
+                pass
             else:
-                return
+                if ADDRESS.search((self.folder / "ray.log").read_text()):  # said a little later
+                    return
+            time.sleep(0.5)
         raise AssertionError((self.folder / "ray.log").read_text())
 
     def ask(self, path: str) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class Node:
     @property
     def address(self) -> str:
         """Where it told other nodes to join: Ray does not take loopback for a head."""
-        found = re.search(r"address='([\w.:]+)'", (self.folder / "ray.log").read_text())
+        found = ADDRESS.search((self.folder / "ray.log").read_text())
         assert found
         return found[1]
 
