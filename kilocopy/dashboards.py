@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from kilocopy import metrics as m
 from kilocopy import rules
+from kilocopy.search import CPU_FRACTION_MAX, LAG_S_MAX, SEND_LAG_S_MAX
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "dashboards"
 WIDTH = 24
@@ -50,7 +52,11 @@ class Panel:
     high: float | None = None
     decimals: int | None = None
     right: tuple[str, str] | None = None  # legend, unit
-    words: dict[str, tuple[str, str]] = field(default_factory=dict)  # value -> what it means, colour
+    words: dict[str, tuple[str, str]] = field(default_factory=dict)  # value (the last: and above) -> what it means, colour
+    log: bool = False  # a logarithmic axis, where a reference is a thousand times larger
+    limit: float | None = None  # a dashed line: past it something is wrong
+    soft_high: float | None = None  # the axis reaches up to here at least
+    instant: bool = False  # asked once, at the end of the time shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class Dashboard:
 
 
 def stat(title: str, query: str, unit: str, description: str, *, decimals: int | None = None, width: int = 4, **more: Any) -> Panel:
-    """A number of now, with its line behind it."""
+    """A number, the last one of the time shown, with its line behind it."""
     return Panel(title, description, ((query, title),), unit, "stat", width, 4, decimals=decimals, **more)
 
 
@@ -88,11 +94,11 @@ COPIES = Dashboard(
     "Copies and cost",
     "How many copies run now, how fast, and what a page costs.",
     (
-        stat("Copies now", f"kilocopy:copies{{{RUN}}}", "short", "Streams open at the driver.", decimals=0),
-        stat("Pages per hour", f"3600 * kilocopy:pages_per_second:rate1m{{{RUN}}}", "short", "Pages of decoded text, as the spec defines a page.", decimals=0),
+        stat("Copies now", f"kilocopy:copies{{{RUN}}}", "locale", "Streams open at the driver.", decimals=0),
+        stat("Pages per hour", f"3600 * kilocopy:pages_per_second:rate1m{{{RUN}}}", "locale", "Pages of decoded text, as the spec defines a page.", decimals=0),
         stat("$ per page", f"kilocopy:usd_per_page:rate1m{{{RUN}}}", "currencyUSD", "Rent, or capital, opex and metered electricity. No data where electricity is owed and not metered.", decimals=7),
-        stat("Wh per page", f"kilocopy:wh_per_page:rate1m{{{RUN}}}", "watth", "Metered energy times PUE. No data without a meter for every serving device.", decimals=4),
-        stat("Pages per dollar", f"kilocopy:pages_per_usd:rate1m{{{RUN}}}", "short", "1 / ($ per page).", decimals=0),
+        stat("Wh per page", f"kilocopy:wh_per_page:rate1m{{{RUN}}}", "watth", "Metered energy times PUE. No data without a meter for every serving device. GPT-3's of 2020: 4 Wh.", decimals=2),
+        stat("Pages per dollar", f"kilocopy:pages_per_usd:rate1m{{{RUN}}}", "locale", "1 / ($ per page). The rule of thumb of 2020: 500.", decimals=0),
         stat("Streams that hold the SLO", f"kilocopy:slo_attained_fraction:rate1m{{{RUN}}}", "percentunit", "Share of the requests that ended in the last minute and held speed and TTFT.", high=1, decimals=1),
         Panel("Copies", "In flight at the driver, asked for, and running in the engines: the three agree in a steady stage.", (
             (f"kilocopy:copies{{{RUN}}}", "in flight"),
@@ -108,16 +114,16 @@ COPIES = Dashboard(
             (f"max({m.SLO_QUANTILE.sample}{{{RUN}}})", "must"),
             (f"kilocopy:error_fraction:rate1m{{{RUN}}}", "failed"),
         ), "percentunit", high=1),
-        Panel("Price of a page", "Its parts. The line at the top is the rule of thumb of 2020: 500 pages per dollar.", (
+        Panel("Price of a page", "Its parts; the axis is logarithmic. The line is the rule of thumb of 2020: 500 pages per dollar.", (
             (f"kilocopy:hardware_usd_per_page:rate1m{{{RUN}}}", "{{kind}} hardware"),
             (f"kilocopy:electricity_usd_per_page:rate1m{{{RUN}}}", "electricity"),
             (f"kilocopy:usd_per_page:rate1m{{{RUN}}}", "all"),
             (f"vector({1 / RULE_PAGES_PER_USD:g})", "rule of thumb, 2020"),
-        ), "currencyUSD", low=None),
-        Panel("Energy of a page", "Facility energy. The line is GPT-3's: 0.4 kWh for 100 pages; its boundary and its page are not stated.", (
+        ), "currencyUSD", low=None, log=True),
+        Panel("Energy of a page", "Facility energy; the axis is logarithmic. The line is GPT-3's: 0.4 kWh for 100 pages; its boundary and its page are not stated.", (
             (f"kilocopy:wh_per_page:rate1m{{{RUN}}}", "this run"),
             (f"vector({GPT3_WH_PER_PAGE})", "GPT-3, 2020"),
-        ), "watth", low=None),
+        ), "watth", low=None, log=True),
         Panel("Time to first token, by stage", "From the send; in open loop from when it was due. From buckets: the report has the exact ones.", (
             (quantile(0.5, f"{m.TTFT.name}_bucket", STAGE, "stage"), "p50 stage {{stage}}"),
             (quantile(0.99, f"{m.TTFT.name}_bucket", STAGE, "stage"), "p99 stage {{stage}}"),
@@ -171,13 +177,14 @@ HARDWARE = Dashboard(
     "Power and energy by the meters, and how busy GPUs and hosts are. What no meter counts is not here.",
     (
         stat("Power of the facility", f"kilocopy:facility_watts:rate1m{{{RUN}}}", "watt", "Metered power times PUE. No data where a serving device has no meter.", width=6),
-        stat("J per output token", f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "joule", "Facility energy, prefill too.", width=6, decimals=3),
-        stat("Pages per kWh", f"kilocopy:pages_per_kwh:rate1m{{{RUN}}}", "short", "Pages that a kWh of the facility makes.", width=6, decimals=0),
-        stat("Tokens/s per GPU", f"kilocopy:tokens_per_second_per_device:rate1m{{{RUN}}}", "short", "Of the host, where there is no GPU.", width=6),
+        stat("J per output token", f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "joule", "Facility energy, prefill too.", width=6, decimals=2),
+        stat("Pages per kWh", f"kilocopy:pages_per_kwh:rate1m{{{RUN}}}", "locale", "Pages that a kWh of the facility makes. GPT-3's of 2020: 250.", width=6, decimals=0),
+        stat("Tokens/s per GPU", f"kilocopy:tokens_per_second_per_device:rate1m{{{RUN}}}", "locale", "Of the host, where there is no GPU.", width=6, decimals=1),
         Panel("Power", "By each meter's own counter: GPUs (NVML), CPU packages (RAPL).", (
             (f"sum by (node, device, boundary) ({METER})", "{{node}} {{boundary}} {{device}}"),), "watt"),
-        Panel("Energy since the start", "Of each meter, in the time shown.", (
-            (f'sum by (node, boundary) (increase({m.ENERGY.sample}{{run=~"$run"}}[$__range]))', "{{node}} {{boundary}}"),), "joule"),
+        Panel("Energy in the time shown", "By each meter's own counter, without PUE.", (
+            (f'sum by (node, boundary) (increase({m.ENERGY.sample}{{run=~"$run"}}[$__range]))', "{{node}} {{boundary}}"),
+        ), "joule", "bargauge", instant=True),
         Panel("Joules per token and page", "Facility energy.", (
             (f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "per output token"),
             (f"kilocopy:joules_per_page:rate1m{{{RUN}}}", "per page"),
@@ -201,14 +208,16 @@ DRIVER = Dashboard(
              "From the alert on loop lag, CPU and send lag.", width=12,
              words={"0": ("The driver keeps up", "green"), "1": ("The driver is the limit: use more workers", "red")}),
         stat("Worst loop lag, p99", f"max(kilocopy:driver_loop_lag_seconds:p99{{{RUN}}})", "s", "Over 5 ms, or a tenth of the gap between tokens, latencies are not to be trusted.", width=6),
-        stat("Busiest worker", f"max(kilocopy:driver_cpu_fraction:rate1m{{{RUN}}})", "percentunit", "Of one core.", width=6, high=1),
-        Panel("Loop lag, p99", "How late each worker's event loop woke.", ((f"kilocopy:driver_loop_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s"),
-        Panel("CPU", "Of one core, each worker.", ((f"kilocopy:driver_cpu_fraction:rate1m{{{RUN}}}", "worker {{worker}}"),), "percentunit", high=1),
-        Panel("Send lag, p99", "How late requests were sent.", ((f"kilocopy:driver_send_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s"),
-        Panel("Events", "Read from streams.", ((f"kilocopy:driver_events_per_second:rate1m{{{RUN}}}", "worker {{worker}}"),), "cps"),
+        stat("Busiest worker", f"max(kilocopy:driver_cpu_fraction:rate1m{{{RUN}}})", "percentunit", "CPU of one core.", width=6, high=1, decimals=0),
+        Panel("Loop lag, p99", "How late each worker's event loop woke. Over the line latencies are not to be trusted, unless a tenth of the gap between tokens is more.", ((f"kilocopy:driver_loop_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s", limit=LAG_S_MAX),
+        Panel("CPU", "Of one core, each worker. Over the line it is the limit.", ((f"kilocopy:driver_cpu_fraction:rate1m{{{RUN}}}", "worker {{worker}}"),), "percentunit", soft_high=1, limit=CPU_FRACTION_MAX),
+        Panel("Send lag, p99", "How late requests were sent. Over the line the load is not the one that was asked for.", ((f"kilocopy:driver_send_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s", limit=SEND_LAG_S_MAX),
+        Panel("Events", "Read from streams.", ((f"kilocopy:driver_events_per_second:rate1m{{{RUN}}}", "worker {{worker}}"),), "cps", width=6),
         Panel("Requests by outcome", "That ended. `dropped`: could not be sent at all.", (
-            (f"sum by (outcome) (rate({m.REQUESTS.sample}{{{STAGE}}}[1m]))", "{{outcome}}"),), "reqps"),
-        Panel("Memory", "Resident, each worker.", ((f"{m.RSS.sample}{{{RUN}}}", "worker {{worker}}"),), "bytes"),
+            (f"sum by (outcome) (rate({m.REQUESTS.sample}{{{STAGE}}}[1m]))", "{{outcome}}"),), "reqps", width=6),
+        Panel("Memory", "Resident, each worker.", ((f"{m.RSS.sample}{{{RUN}}}", "worker {{worker}}"),), "bytes", width=6),
+        Panel("Cost of watching", "How long each metrics page took to be read. The driver's are made in its own event loop: they have to be short.", (
+            ('scrape_duration_seconds{job=~"kilocopy|servers"}', "{{job}} {{instance}}"),), "s", width=6),
         Panel("Stage", "What each worker plays.", ((f"{m.STAGE.sample}{{{STAGE}}}", "worker {{worker}}: stage {{stage}}.{{level}} {{kind}} {{phase}}"),), "short", "state-timeline", 12, 6, words={"1": ("plays", "blue")}),
         Panel("Gaps between chunks", "As the client saw them.", ((heat(f"{m.ICL.name}_bucket", STAGE), "{{le}}"),), "s", "heatmap", 12, 6),
     ),
@@ -259,8 +268,9 @@ def variables() -> list[dict[str, Any]]:
 
 def _targets(panel: Panel) -> list[dict[str, Any]]:
     form = "heatmap" if panel.kind == "heatmap" else "time_series"
+    when = {"range": not panel.instant, "instant": panel.instant}
     return [
-        {"refId": chr(ord("A") + index), "datasource": SOURCE, "expr": expr, "legendFormat": legend, "format": form, "range": True}
+        {"refId": chr(ord("A") + index), "datasource": SOURCE, "expr": expr, "legendFormat": legend, "format": form, **when}
         for index, (expr, legend) in enumerate(panel.queries)
     ]
 
@@ -268,6 +278,8 @@ def _targets(panel: Panel) -> list[dict[str, Any]]:
 def _options(panel: Panel) -> dict[str, Any]:
     if panel.kind == "stat":
         return {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "none" if panel.words else "area", "colorMode": "value"}
+    if panel.kind == "bargauge":
+        return {"reduceOptions": {"calcs": ["lastNotNull"]}, "orientation": "horizontal", "displayMode": "basic", "valueMode": "text"}
     if panel.kind == "heatmap":
         return {"calculate": False, "yAxis": {"unit": panel.unit}, "color": {"scheme": "Blues", "mode": "scheme"}, "cellGap": 1}
     if panel.kind == "state-timeline":
@@ -279,17 +291,38 @@ def _fields(panel: Panel) -> dict[str, Any]:
     defaults: dict[str, Any] = {"unit": panel.unit, "noValue": "no data"}
     limits = {"min": panel.low, "max": panel.high, "decimals": panel.decimals}
     defaults |= {key: value for key, value in limits.items() if value is not None}
+    # Where nothing is said, Grafana paints what is above 80 red.
+    steps = [{"color": "blue", "value": None}] + ([] if panel.limit is None else [{"color": "red", "value": panel.limit}])
+    defaults["thresholds"] = {"mode": "absolute", "steps": steps}
+    if panel.kind in {"stat", "bargauge"}:
+        defaults["color"] = {"mode": "thresholds"}
     if panel.words:
-        options = {value: {"text": said, "color": colour, "index": i} for i, (value, (said, colour)) in enumerate(panel.words.items())}
-        defaults["mappings"] = [{"type": "value", "options": options}]
+        defaults["mappings"] = _mappings(panel.words)
     if panel.kind == "timeseries":
-        defaults["custom"] = {"lineWidth": 2, "fillOpacity": 8, "showPoints": "never", "spanNulls": False}  # a gap stays a gap
+        defaults["custom"] = _lines(panel)
     overrides = []
     if panel.right:
         legend, unit = panel.right
         moved = [{"id": "custom.axisPlacement", "value": "right"}, {"id": "unit", "value": unit}]
         overrides = [{"matcher": {"id": "byName", "options": legend}, "properties": moved}]
     return {"defaults": defaults, "overrides": overrides}
+
+
+def _mappings(words: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Values in words; the last stands for everything above it too."""
+    shown = [{"text": said, "color": colour, "index": index} for index, (said, colour) in enumerate(words.values())]
+    found: list[dict[str, Any]] = [{"type": "value", "options": {value: each}} for value, each in zip(words, shown, strict=True)]
+    found[-1] = {"type": "range", "options": {"from": float([*words][-1]), "to": None, "result": shown[-1]}}
+    return found
+
+
+def _lines(panel: Panel) -> dict[str, Any]:
+    drawn: dict[str, Any] = {"lineWidth": 2, "fillOpacity": 0 if panel.log else 8, "showPoints": "never", "spanNulls": False}  # a gap stays one
+    drawn["scaleDistribution"] = {"type": "log", "log": 10} if panel.log else {"type": "linear"}
+    drawn["thresholdsStyle"] = {"mode": "off" if panel.limit is None else "dashed"}
+    if panel.soft_high is not None:
+        drawn["axisSoftMax"] = panel.soft_high
+    return drawn
 
 
 def _placed(panels: tuple[Panel, ...]) -> Iterator[dict[str, Any]]:
@@ -314,14 +347,21 @@ def _placed(panels: tuple[Panel, ...]) -> Iterator[dict[str, Any]]:
 
 def document(dashboard: Dashboard) -> dict[str, Any]:
     """A dashboard as Grafana imports it; `id` is left to Grafana, `uid` makes a second push an update."""
-    stages = {
-        "name": "Stages",
+    counted = {
+        "name": "Windows",  # the part of a stage that counts; from Prometheus, so it needs no token
         "datasource": SOURCE,
         "enable": True,
         "iconColor": "blue",
         "expr": f'max by (stage, level, kind) ({m.STAGE.sample}{{{RUN},phase="window"}})',
-        "titleFormat": "Stage {{stage}}.{{level}} ({{kind}})",
+        "titleFormat": "Window of stage {{stage}}.{{level}} ({{kind}})",
         "step": "5s",
+    }
+    stages = {
+        "name": "Stages",  # as kilocopy/stage_marks.py tells Grafana, with their exact times
+        "datasource": {"type": "grafana", "uid": "-- Grafana --"},
+        "enable": True,
+        "iconColor": "purple",
+        "target": {"type": "tags", "tags": ["kilocopy", "run:$run"], "matchAny": False, "limit": 1000},
     }
     others = {"type": "dashboards", "title": "kilocopy", "tags": ["kilocopy"], "asDropdown": False, "includeVars": True, "keepTime": True}
     return {
@@ -337,9 +377,15 @@ def document(dashboard: Dashboard) -> dict[str, Any]:
         "timezone": "browser",
         "links": [others],
         "templating": {"list": variables()},
-        "annotations": {"list": [stages]},
+        "annotations": {"list": [counted, stages]},
         "panels": list(_placed(dashboard.panels)),
     }
+
+
+def links(base: str, start_s: float, end_s: float, variables: dict[str, str]) -> list[tuple[str, str]]:
+    """(title, address) of each dashboard at a time range (Unix times, s) and with these variables; `base` ends with a /."""
+    asked = {"from": round(1000 * start_s), "to": round(1000 * end_s), **{f"var-{name}": value for name, value in variables.items()}}
+    return [(board.title, f"{base}d/{board.uid}?{urlencode(asked)}") for board in DASHBOARDS]
 
 
 def files() -> dict[Path, str]:

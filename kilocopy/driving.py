@@ -115,7 +115,7 @@ def _end_worker(process: subprocess.Popen[bytes]) -> int:
 
 
 def _environment(run_dir: Path, api_key: str | None) -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LOCUST_", "GRAFANA_"))}
     environment |= {"KILOCOPY_RUN_DIR": str(run_dir.resolve()), "PYTHONPATH": search_path(), "KILOCOPY_API_KEY": api_key or ""}
     return environment
 

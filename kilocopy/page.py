@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from kilocopy import appendix, report, sections
+from kilocopy import appendix, dashboards, report, sections
 from kilocopy.charts import charts
 from kilocopy.figures import Figure, figures
 from kilocopy.report import DASH, band, counted, from_spec, interval, latency, load_label, money, number, percent, place, seconds, times
@@ -43,7 +43,7 @@ CONDITIONS = {
 DRIVER_HEADS = (
     "stage", "worker", "CPU of a core", "events/s", "loop lag\np50 / p99 / max", "send lag\np50 / p99", "near-zero gaps", "sockets", "memory",
 )  # fmt: skip
-SHOWN_ELSEWHERE = {"driver_roofline", "spec", "prices", "name", "schema_version", "kilocopy_version"}
+SHOWN_ELSEWHERE = {"driver_roofline", "grafana_url", "spec", "prices", "name", "schema_version", "kilocopy_version"}
 SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -109,6 +109,8 @@ def render_html(summary: Summary) -> str:
         appendix=appendix.tables(),
         multiplier=appendix.multiplier(summary)[1],
         conditions=_conditions(summary),
+        grafana=str(summary.run.get("grafana_url") or ""),
+        boards=_boards(summary),
         rules=_rules(summary),
         pages_rest="at an assumed number of words per output token, since the text means nothing" if report.assumed_words(summary) else "of the decoded text, counted, not assumed from tokens",
         spec=json.dumps(summary.run["spec"], indent=2, sort_keys=True) if summary.run.get("spec") else "",
@@ -347,6 +349,20 @@ def _conditions(summary: Summary) -> list[tuple[str, str]]:
     known = [(label, run.pop(key, None)) for key, label in CONDITIONS.items()]
     rest = [(key.replace("_", " ").capitalize(), value) for key, value in sorted(run.items()) if value is not None]
     return [(label, _words(value)) for label, value in [*spec, *known, *rest]]
+
+
+def _boards(summary: Summary) -> list[tuple[str, str]]:
+    """The dashboards at this run's time, half a minute more on both sides: addresses, or paths where the run knew of no Grafana."""
+    if summary.wall_zero_s is None or not summary.timeline:
+        return []
+    base = str(summary.run.get("grafana_url") or "/")
+    if not base.startswith(("http://", "https://", "/")):
+        return []
+    spec = summary.run.get("spec") or {}
+    variables = {"cluster": spec.get("name"), "model": (spec.get("model") or {}).get("id"), "run": summary.run.get("id")}
+    end_s = summary.wall_zero_s + summary.timeline[-1].t_s
+    known = {name: str(value) for name, value in variables.items() if value}
+    return dashboards.links(base, summary.wall_zero_s - 30, end_s + 30, known)
 
 
 def _words(value: Any) -> str:

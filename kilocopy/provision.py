@@ -5,6 +5,7 @@
     OUT/grafana/provisioning/datasources/    the Prometheus data source, by a fixed uid
     OUT/grafana/provisioning/dashboards/     where Grafana finds the dashboards
     OUT/grafana/dashboards/*.json            the dashboards (kilocopy/dashboards.py)
+    OUT/compose.env                          the folders and the port that deploy/compose.yaml asks for
 
     prometheus --config.file OUT/prometheus/prometheus.yml
     GF_PATHS_PROVISIONING=OUT/grafana/provisioning grafana server
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,12 +68,13 @@ def render(folder: Path, watched: Watched, *, prometheus_url: str = "http://127.
     `prometheus_url` is where Grafana finds Prometheus; `seen_at` is the folder's own path as Grafana sees it, where that is another
     (in a container). Files that are the same already are left alone. Raises ProblemError where something cannot be written or read.
     """
-    write(folder, files(watched, prometheus_url, seen_at or str(folder.resolve())))
+    made = files(watched, prometheus_url, seen_at or str(folder.resolve()))
+    write(folder, made | {"compose.env": compose_env(folder, watched, prometheus_url)})
     return {"prometheus": folder / "prometheus" / "prometheus.yml", "grafana": folder / "grafana" / "provisioning"}
 
 
 def files(watched: Watched, prometheus_url: str, seen_at: str) -> dict[str, str]:
-    """What `render` writes: texts by their names in the folder, which Grafana sees as `seen_at`. Raises ProblemError."""
+    """What `render` writes for the two servers: texts by their names in the folder, which Grafana sees as `seen_at`. Raises ProblemError."""
     made = {
         "prometheus/prometheus.yml": yaml_text(scrape_config(watched)),
         "prometheus/rules/kilocopy.yaml": rules.text(),
@@ -83,6 +86,14 @@ def files(watched: Watched, prometheus_url: str, seen_at: str) -> dict[str, str]
         ),
     }
     return made | {f"grafana/dashboards/{name}": text for name, text in dashboard_files().items()}
+
+
+def compose_env(folder: Path, watched: Watched, prometheus_url: str) -> str:
+    """What deploy/compose.yaml asks for: both containers see folders of this host under the names that they have here."""
+    runs = [str(Path(pattern).parent.parent.parent) for pattern in watched.targets] or [str(folder.resolve())]
+    settings = {"KILOCOPY_WATCHED": str(folder.resolve()), "KILOCOPY_RUNS": os.path.commonpath(runs)}
+    settings |= {"COMPOSE_PROJECT_NAME": "kilocopy-watch", "PROMETHEUS_PORT": str(urlsplit(prometheus_url).port or 9090)}
+    return "".join(f"{name}='{value}'\n" for name, value in settings.items())  # quoted, so that a $ stays one
 
 
 def write(folder: Path, made: dict[str, str]) -> None:

@@ -56,6 +56,7 @@ def summarise(run_dir: Path) -> Summary:
         status=status,
         status_sentence=status_sentence,
         searches=searched,
+        wall_zero_s=next((event["wall_ns"] / 1e9 - event["t_s"] for event in run.recorded.events if "wall_ns" in event), None),
         timeline=measure.timeline(run.recorded, run.spans),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kilocopy import driving, limits, manifest, records, serving
+from kilocopy import driving, limits, manifest, records, serving, stage_marks
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
@@ -106,14 +106,15 @@ def drive(
     roofline = roofline or limits.roofline()
     for sentence in limits.warnings(spec, roofline, workers):
         ERR.print(f"[yellow]drive[/]  {sentence}")
-    more = {"driver_roofline": roofline, "driver_workers": workers, **(more or {})}
+    more = {"driver_roofline": roofline, "driver_workers": workers, "grafana_url": stage_marks.address(), **(more or {})}
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy", more=more)
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     with contextlib.suppress(OSError):  # a run goes on without being watched
         write_targets(run_dir, targets, spec.name)
     progress = driving.ProgressPrinter(ERR, spec)
     meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
-    with meter, Scraper(run_dir, targets) as scraper, progress:
+    marked = stage_marks.annotating(run_dir, spec, lambda said: ERR.print(f"[yellow]drive[/]  {said}"))
+    with meter, Scraper(run_dir, targets) as scraper, progress, marked:
         code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress, workers=workers)
     for target, error in scraper.failures.items():
         ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")

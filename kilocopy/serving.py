@@ -137,7 +137,8 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
         raise ProblemError(f"{directory}: cannot be written ({error.strerror}); set KILOCOPY_STATE to a directory that can") from None
     mark = uuid.uuid4().hex
     (directory / "mark").write_text(mark)
-    environment = os.environ | {MARK: mark, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GRAFANA_")}  # a token is not for Ray's processes
+    environment = inherited | {MARK: mark, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
     with log:
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster.serve", str(directory)], cwd=Path.cwd(), env=environment, stdin=subprocess.DEVNULL,

@@ -490,6 +490,7 @@ class Summary(Frozen):
     page_words: int
     stages: list[Stage]  # an entry per level, in order of time
     searches: list[Search]
+    wall_zero_s: float | None = None  # Unix time at t_s = 0, the run's first event
     timeline: list[Bin]
     headline: Headline
     overhang: Overhang | None

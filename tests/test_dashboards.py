@@ -30,6 +30,7 @@ def known() -> dict[str, set[str]]:
         names = [f"{metric.name}_bucket", f"{metric.name}_count"] if metric.kind == "histogram" else [metric.sample]
         found |= {name: labels | ({"le"} if metric.kind == "histogram" else set()) for name in names}
     found |= {rule.record: set(rule.labels) for rule in rules.RULES}
+    found["scrape_duration_seconds"] = TARGET_LABELS  # Prometheus' own
     found["ALERTS"] = {"alertname", "alertstate", "severity", *metrics.RUN_LABELS}
     for line in SCRAPED.read_text().splitlines():
         if sample := re.match(r"(ray_\w+)\{(.*)\} ", line):
@@ -57,7 +58,7 @@ def queries() -> list[tuple[str, str]]:
     """(where, query) of every panel, variable, annotation, rule and alert."""
     found = [(f"{board['uid']}: {panel['title']}", target["expr"]) for board in BOARDS for panel in board["panels"] for target in panel["targets"]]
     for board in BOARDS:
-        found += [(f"{board['uid']}: annotation", each["expr"]) for each in board["annotations"]["list"]]
+        found += [(f"{board['uid']}: annotation", each["expr"]) for each in board["annotations"]["list"] if "expr" in each]
         for variable in board["templating"]["list"][1:]:
             asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
             assert asked
@@ -161,6 +162,7 @@ def test_a_dashboard_reads_well_on_one_screen(board: dict[str, Any]) -> None:
         assert panel["fieldConfig"]["defaults"]["unit"]
         assert panel["fieldConfig"]["defaults"]["noValue"] == "no data"
         assert all(target["legendFormat"] for target in panel["targets"])
+        assert [step["color"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]] in (["blue"], ["blue", "red"])
     assert [variable["name"] for variable in board["templating"]["list"]] == ["datasource", "cluster", "model", "run", "stage", "node"]
     assert board["links"][0]["includeVars"]
     assert board["links"][0]["keepTime"]
@@ -174,3 +176,28 @@ def test_references_are_the_reports() -> None:
     assert dashboards.GPT3_WH_PER_PAGE == 0.4 * 1000 / 100
     assert dashboards.RULE_PAGES_PER_USD == 500
     assert "500" in published
+
+
+def test_a_reference_far_away_does_not_press_the_run_to_the_floor() -> None:
+    for panel in (panel for board in BOARDS for panel in board["panels"]):
+        constant = [target for target in panel["targets"] if target["expr"].startswith("vector(")]
+        scale = panel["fieldConfig"]["defaults"].get("custom", {}).get("scaleDistribution", {}).get("type")
+        assert bool(constant) == (scale == "log"), panel["title"]
+        assert "min" not in panel["fieldConfig"]["defaults"] or scale != "log"  # 0 is not on a logarithmic axis
+
+
+def test_the_verdict_has_words_for_any_number_of_workers() -> None:
+    [verdict] = [panel for panel in BOARDS[3]["panels"] if panel["title"] == "Verdict"]
+    value, above = verdict["fieldConfig"]["defaults"]["mappings"]
+    assert value["options"]["0"]["text"] == "The driver keeps up"
+    assert (above["type"], above["options"]["from"], above["options"]["to"]) == ("range", 1, None)
+    assert "more workers" in above["options"]["result"]["text"]
+
+
+def test_limits_are_the_verdicts() -> None:
+    from kilocopy import search
+
+    limits = {panel["title"]: panel["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]["value"] for panel in BOARDS[3]["panels"]}
+    assert limits["Loop lag, p99"] == search.LAG_S_MAX
+    assert limits["CPU"] == search.CPU_FRACTION_MAX
+    assert limits["Send lag, p99"] == search.SEND_LAG_S_MAX

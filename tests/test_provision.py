@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,6 +25,10 @@ EVERYTHING = Watched(
     servers_files=["/tmp/ray/prom_metrics_service_discovery.json"],  # noqa: S108
     cluster="pays $1 an hour",
 )
+
+
+ROOT = Path(__file__).parent.parent
+COMPOSE = ROOT / "deploy" / "compose.yaml"
 
 
 def load(path: Path) -> Any:
@@ -96,3 +102,49 @@ def test_the_command_renders_a_run(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["out/prometheus/prometheus.yml", "out/grafana/provisioning"]
     assert f"{tmp_path}/r1/targets/*.json" in (tmp_path / "out/prometheus/prometheus.yml").read_text()
     assert "nothing to watch" in refused(kilocopy("dashboards", "render", "none", cwd=tmp_path))
+
+
+def composed(tmp_path: Path) -> dict[str, Any]:
+    """deploy/compose.yaml with its variables filled in as compose does, from the environment file that was rendered."""
+    provision.render(tmp_path / "watched", Watched(targets=[f"{tmp_path}/runs/r1/targets/*.json"]), prometheus_url="http://127.0.0.1:9191")
+    settings = dict(line.split("=", 1) for line in (tmp_path / "watched/compose.env").read_text().splitlines())
+    settings = {name: value.strip("'") for name, value in settings.items()} | {"GRAFANA_PASSWORD": "chosen"}
+
+    def fill(found: re.Match[str]) -> str:
+        name, _, rest = found[1].partition(":")
+        assert name in settings or rest.startswith("-"), f"nobody sets {name}"
+        return settings.get(name, rest.removeprefix("-"))
+
+    return dict(YAML(typ="safe").load(re.sub(r"\$\{([^}]+)\}", fill, COMPOSE.read_text())))
+
+
+def test_compose_sees_what_was_rendered_and_nobody_else_sees_it(tmp_path: Path) -> None:
+    services = composed(tmp_path)["services"]
+    options = dict(option.removeprefix("--").split("=", 1) for option in services["prometheus"]["command"])
+    settings = services["grafana"]["environment"]
+    assert load(Path(options["config.file"]))["scrape_configs"][0]["file_sd_configs"][0]["files"] == [f"{tmp_path}/runs/r1/targets/*.json"]
+    assert f"{tmp_path}/runs:{tmp_path}/runs:ro" in services["prometheus"]["volumes"]
+    [source] = load(Path(settings["GF_PATHS_PROVISIONING"]) / "datasources/kilocopy.yaml")["datasources"]
+    assert source["url"] == f"http://{options['web.listen-address']}" == "http://127.0.0.1:9191"
+    [provider] = load(Path(settings["GF_PATHS_PROVISIONING"]) / "dashboards/kilocopy.yaml")["providers"]
+    assert Path(provider["options"]["path"]) == Path(settings["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]).parent
+    assert settings["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    for service in services.values():
+        assert re.fullmatch(r"[\w/.-]+:v?\d+\.\d+\.\d+", service["image"])
+        assert "ports" not in service
+        assert service["network_mode"] == "host"
+        assert f"{tmp_path}/watched:{tmp_path}/watched:ro" in service["volumes"]
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not installed (Debian's package docker-compose)")
+def test_compose_takes_the_file(tmp_path: Path) -> None:
+    """Its own check against the schema; it needs no engine."""
+    provision.render(tmp_path, EVERYTHING)
+    command = ["docker-compose", "--env-file", str(tmp_path / "compose.env"), "-f", str(COMPOSE), "config"]
+    without = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=without | {"GRAFANA_PASSWORD": "chosen"})
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/prometheus/prometheus.yml" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=without)
+    assert done.returncode != 0
+    assert "choose the password of Grafana's admin" in done.stderr
