@@ -31,7 +31,7 @@ Count = Annotated[int, Field(ge=1)]
 TAGS = {
     "measured", "published", "cpu", "gpu", "synthetic", "file", "owned", "rented",
     "closed", "constant", "poisson", "gamma", "ramp", "steps", "trace", "search",
-    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset", "frontier", "scaling", "best_of_n", "k_shot",
+    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset", "frontier", "scaling",
     "claim", "uri", "redis", "rocksdb", "aws", "gcp",
 }  # fmt: skip
 
@@ -571,33 +571,7 @@ class ScalingExperiment(_Leveled):
         return self
 
 
-class Verifier(Strict):
-    """A command that says whether an answer is right: the answer on its standard input, exit code 0 for yes."""
-
-    command: tuple[str, ...] = Field(min_length=1, description="Program and arguments; it is run without a shell, in the current directory.")
-    timeout_s: Positive = Field(10, description="An answer whose verifier takes longer counts as wrong.")
-
-
-class BestOfNExperiment(Timed):
-    """n samples of one prompt in one request, against n requests for the same prompt."""
-
-    kind: Literal["best_of_n"]
-    samples: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field((1, 2, 4, 8), min_length=1, description="The values of n.")
-    prompts_in_flight: Count = Field(description="Prompts that are being answered at once: a level has n times as many copies.")
-    verifier: Verifier | None = Field(None, description="For pass@n. The answers' texts are then kept in the run directory.")
-
-
-class KShotExperiment(Timed):
-    """What k examples in front of every question cost, with the engine's prefix cache and without."""
-
-    kind: Literal["k_shot"]
-    examples: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field((0, 1, 2, 4, 8), min_length=1, description="The values of k.")
-    tokens_per_example: Count = Field(description="The same k examples, of so many tokens each, stand in front of every prompt.")
-    copies: Count
-    repeats: Annotated[int, Field(ge=1, le=100)] = 2
-
-
-Experiment = Annotated[FrontierExperiment | ScalingExperiment | BestOfNExperiment | KShotExperiment, Field(discriminator="kind")]
+Experiment = Annotated[FrontierExperiment | ScalingExperiment, Field(discriminator="kind")]
 
 
 class Slo(Strict):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 
 from kilocopy import experiment
+from kilocopy.findings import FINDERS
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import read_manifest, summarise
-from kilocopy.spec import Spec
+from kilocopy.spec import Experiment, Spec
 from tests import synthetic
 from tests.synthetic import Run
 
@@ -173,6 +175,13 @@ def test_an_experiment_without_a_level_says_so(tmp_path: Path) -> None:
     assert summary.experiment is None
     assert "No answer" in summary.headline.sentence
     render_html(summary)
+
+
+def test_every_kind_that_a_spec_may_name_can_be_planned() -> None:
+    kinds = set(get_args(get_args(Experiment)[0]))
+    assert kinds == set(experiment.PLANS) == set(FINDERS)
+    with pytest.raises(ValidationError, match="frontier"):
+        Spec.model_validate(asked("best_of_n", prompts_in_flight=4))
 
 
 # ------------------------------------------------------------------------------------------------------------------- scaling
