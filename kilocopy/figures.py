@@ -48,8 +48,7 @@ class Figure:
 def figures(summary: Summary) -> list[Figure]:
     """All figures of the page, in its order."""
     return [
-        throughput(summary),
-        page_cost(summary),
+        *([throughput(summary), page_cost(summary)] if one_hardware(summary) else []),
         *(search_figure(summary, search) for search in summary.searches),
         time_to_first_token(summary),
         inter_chunk_latency(summary),
@@ -57,6 +56,11 @@ def figures(summary: Summary) -> list[Figure]:
         overhang(summary),
         *([lifetime(summary)] if summary.corpus is not None else []),
     ]
+
+
+def one_hardware(summary: Summary) -> bool:
+    """Whether all stages ran on the same replicas: levels of a scaling experiment do not, and no line of copies goes through them."""
+    return summary.experiment is None or summary.experiment.kind != "scaling"
 
 
 def throughput(summary: Summary) -> Figure:
