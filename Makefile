@@ -13,7 +13,7 @@ help: ## list the targets
 
 setup: $(VENV)/ready ## virtual environment with the pinned versions (CPU builds of torch and vLLM)
 
-$(VENV)/ready: requirements/cpu.txt requirements/overrides.txt requirements/install.sh pyproject.toml kilocopy/drain.c
+$(VENV)/ready: requirements/cpu.txt requirements/overrides.txt requirements/install.sh pyproject.toml kilocopy/drain.c kilocopy/events.c
 	@PYTHON="$(PYTHON)" bash requirements/install.sh $(VENV)
 	@touch $@
 

@@ -152,4 +152,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ProblemError as problem:
+        sys.stderr.write(f"crosscheck: {problem}\n")
+        sys.exit(problem.code)

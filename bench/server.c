@@ -1,9 +1,10 @@
 // A server whose every event has a known time: the ground truth that load generators are measured against.
 //
-//   server PORT TTFT_US ITL_US TOKENS
+//   server PORT TTFT_US ITL_US TOKENS [own]
 //
 // One epoll loop on one core. A request's first event is due TTFT after its last byte was read, each later one ITL after the one
-// before was due (never after it was sent, so lateness does not add up). Answers POST /v1/completions and /v1/chat/completions like an
+// before was due (never after it was sent, so lateness does not add up). With `own`, for a core that nothing else uses, it never sleeps
+// while it streams: a core that goes idle between events, and a virtual one above all, can take milliseconds to come back. Answers POST /v1/completions and /v1/chat/completions like an
 // OpenAI-compatible server that streams one token an event. GET /truth says how late events were handed to the kernel, and the TTFT
 // and ITL as handed over; POST /reset begins a new count.
 #define _GNU_SOURCE
@@ -36,7 +37,7 @@ static int heap[CONNECTIONS_MAX], heap_len, place[CONNECTIONS_MAX];
 static uint32_t late_us[MICROS], ttft_us[MICROS], itl_us[MICROS];
 static int64_t events, streams, blocked;
 static int64_t ttft_ns, itl_ns;
-static int default_tokens, epoll_fd, listener;
+static int default_tokens, epoll_fd, listener, own_core;
 static char *text_events[2], *last_events[2], *end_event;
 static size_t text_len[2], last_len[2], end_len;
 
@@ -268,7 +269,8 @@ static void welcome(void) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 5) return fprintf(stderr, "server PORT TTFT_US ITL_US TOKENS\n"), 2;
+  if (argc != 5 && argc != 6) return fprintf(stderr, "server PORT TTFT_US ITL_US TOKENS [own]\n"), 2;
+  own_core = argc == 6;
   ttft_ns = atoll(argv[2]) * 1000, itl_ns = atoll(argv[3]) * 1000, default_tokens = atoi(argv[4]);
   signal(SIGPIPE, SIG_IGN);
   struct rlimit files = {CONNECTIONS_MAX, CONNECTIONS_MAX};
@@ -276,6 +278,7 @@ int main(int argc, char **argv) {
   listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
   int one = 1;
   setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+  setsockopt(listener, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);  // where bbr is the default, its pacing would hold events back and cost a timer each
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[1])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
   if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 8192)) return perror("listen"), 1;
   socklen_t size = sizeof address;
@@ -287,7 +290,7 @@ int main(int argc, char **argv) {
   printf("%d\n", ntohs(address.sin_port)), fflush(stdout);
   for (;;) {
     int64_t left_ns = heap_len ? connections[heap[0]].due_ns - now_ns() : 100000000;
-    int wait_ms = left_ns <= SPIN_NS ? 0 : (int)((left_ns - SPIN_NS) / 1000000);  // the last moments are spun away: sleeping would be late
+    int wait_ms = left_ns <= SPIN_NS || (own_core && heap_len) ? 0 : (int)((left_ns - SPIN_NS) / 1000000);  // the last moments are spun away: sleeping would be late
     int n = epoll_wait(epoll_fd, ready, 1024, wait_ms);
     for (int i = 0; i < n; i++) {
       int fd = ready[i].data.fd;

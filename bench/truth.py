@@ -77,7 +77,7 @@ class Server:
 def server(schedule: Schedule, core: int | None = None) -> Iterator[Server]:
     """Serve a schedule on a free port of loopback for the time of a `with` block, on one core where one is named."""
     times_us = [str(round(schedule.ttft_s * 1e6)), str(round(schedule.itl_s * 1e6))]
-    command = [*pinned(core), str(build("server")), "0", *times_us, str(schedule.tokens)]
+    command = [*pinned(core), str(build("server")), "0", *times_us, str(schedule.tokens), *(["own"] if core is not None else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None  # noqa: S101
     try:

@@ -1,4 +1,9 @@
-"""The compiled part of the stream reader: kilocopy/drain.c, where each call is said."""
+"""The compiled part of the stream reader: kilocopy/drain.c and events.c, where each call is said."""
+
+EDITION: int
+
+def payloads(pieces: list[bytes], /) -> tuple[list[bytes], bytes] | None: ...
+def texts(payloads: list[bytes], begin: int, left: bytes, right: bytes, /) -> list[str]: ...
 
 class Drain:
     def __init__(self, epoll_fd: int) -> None: ...

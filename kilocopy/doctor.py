@@ -79,7 +79,7 @@ def reader() -> Finding:
             return Finding("Stream reader", "ok", "compiled")
     except ProblemError as problem:
         return Finding("Stream reader", "mend", str(problem))
-    asked = "asked for by KILOCOPY_READER" if os.environ.get("KILOCOPY_READER") else "the compiled one could not be built: is there a C compiler?"
+    asked = "asked for by KILOCOPY_READER" if os.environ.get("KILOCOPY_READER") else "the compiled one is not here: install a C compiler, run `make setup`"
     return Finding("Stream reader", "note", f"plain Python ({asked}); it is as exact and holds fewer streams a core (docs/measurements.md)")
 
 

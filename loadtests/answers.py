@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kilocopy import drain
+
 TEXT_KEYS = ("content", "reasoning_content", "reasoning")  # where a chat delta carries generated text
 DONE = b"[DONE]"
 TOKENS_MAX = 2**31 - 1  # what a column of records.REQUESTS holds
@@ -27,6 +29,8 @@ QUOTE, BACKSLASH = 0x22, 0x5C
 RUN_MIN = 4  # fewer events are read one by one
 _LITERALS = (b'"text":', b'"content":')
 _BOM = b"\xef\xbb\xbf"
+_UINT32_MAX = np.iinfo(np.uint32).max
+_COMPILED = drain.built()  # None: everything here is done in Python
 
 
 @dataclass(slots=True)
@@ -55,8 +59,8 @@ class Answer:
     @property
     def gaps_us(self) -> npt.NDArray[np.uint32]:
         """Gaps between the events that carried text, microseconds: one fewer than events."""
-        gaps_us = np.diff(self.times_ns) // 1000
-        return gaps_us.clip(0, np.iinfo(np.uint32).max).astype(np.uint32)
+        gaps_us = (self.times_ns[1:] - self.times_ns[:-1]) // 1000
+        return np.maximum(np.minimum(gaps_us, _UINT32_MAX), 0).astype(np.uint32)
 
     @property
     def missing(self) -> list[str]:
@@ -97,7 +101,11 @@ def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int], samples: int = 1) 
     if isinstance(reader, _ChoicesReader):
         answer.texts = tuple("".join(reader.spoken.get(choice, ())) for choice in range(samples))
         answer.text = answer.texts[0]
-    answer.times_ns = np.array(stamps_ns, dtype=np.int64)[piece_of[carriers]]
+    if carriers and carriers[-1] - carriers[0] + 1 == len(carriers):  # as a rule: nothing else between the first text and the last
+        piece_of = piece_of[carriers[0] : carriers[-1] + 1]
+    else:
+        piece_of = piece_of[carriers]
+    answer.times_ns = np.array(stamps_ns, dtype=np.int64)[piece_of]
     return answer
 
 
@@ -107,6 +115,8 @@ def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.i
     Follows the SSE standard: LF, CRLF or CR end a line, a blank line ends an event, several `data` lines are one payload
     joined by LF, comments, other fields and empty data are skipped, and an event without its blank line does not exist.
     """
+    if _COMPILED is not None and (plain := _COMPILED.payloads(pieces if isinstance(pieces, list) else list(pieces))):
+        return plain[0], np.frombuffer(plain[1], np.int64)
     blob = b"".join(pieces)
     if b"\r" in blob:
         pieces = _one_line_end(pieces)
@@ -190,6 +200,9 @@ class _PayloadReader:
         left, right = self._left, self._right
         if left is None:
             return []
+        if _COMPILED is not None and isinstance(payloads, list):
+            texts: list[str] = _COMPILED.texts(payloads, begin, left, right)
+            return texts
         end = begin
         for payload in itertools.islice(payloads, begin, None):
             if not (payload.startswith(left) and payload.endswith(right)):
@@ -200,7 +213,7 @@ class _PayloadReader:
         if end - begin < RUN_MIN or literals.count(b'"') != 2 * (end - begin) or b'""' in literals:
             return []
         try:
-            texts: list[str] = json.loads(b"[" + literals + b"]")
+            texts = json.loads(b"[" + literals + b"]")
         except ValueError:
             return []
         return texts if len(texts) == end - begin and all(type(text) is str for text in texts) else []

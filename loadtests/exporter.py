@@ -1,6 +1,6 @@
 """A driver worker's own metrics page for Prometheus, cheap enough to be on always.
 
-Nothing here runs per token: a finished request adds its gaps to an array of bucket counts in one numpy call, and a page is made from
+Nothing here runs per token: a finished request leaves its gaps, many requests' gaps are counted in one numpy call, and a page is made from
 plain numbers when it is asked for. The page is served from the worker's own event loop, so making it must be short: prometheus_client's
 own writer, which builds each sample's labels anew, takes more than ten times as long.
 """
@@ -25,6 +25,7 @@ from kilocopy.search import attains
 from kilocopy.spec import ClosedStage, Owned, SearchStage, Spec
 
 Values = tuple[str, ...]
+WAITING_MAX = 50  # arrays of values, a request's each, that are counted in one go
 
 
 class _Buckets:
@@ -36,10 +37,20 @@ class _Buckets:
         self._names = [*(f"{edge:g}" for edge in metric.buckets), "+Inf"]
         self._counts: dict[Values, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(len(metric.buckets) + 1, np.int64))
         self._sums: dict[Values, float] = defaultdict(float)
+        self._waiting: dict[Values, list[npt.NDArray[np.float64]]] = defaultdict(list)  # values that are not counted yet
 
     def add(self, labels: Values, values: npt.NDArray[np.float64]) -> None:
         """Count values, in the metric's unit; a value on an edge is inside (le)."""
         if len(values):
+            waiting = self._waiting[labels]
+            waiting.append(values)
+            if len(waiting) >= WAITING_MAX:
+                self._count(labels)
+
+    def _count(self, labels: Values) -> None:
+        waiting = self._waiting.pop(labels, None)
+        if waiting:
+            values = np.concatenate(waiting)
             self._counts[labels] += np.bincount(np.searchsorted(self._edges, values, side="left"), minlength=len(self._edges) + 1)
             self._sums[labels] += float(values.sum())
 
@@ -51,6 +62,8 @@ class _Buckets:
     def lines(self, series: Callable[[metrics.Metric, str, Values, str], str]) -> Iterator[str]:
         """The samples in Prometheus' text format; `series` names one of them, its last argument is the bucket's edge."""
         metric = self.metric
+        for labels in list(self._waiting):
+            self._count(labels)
         for labels, counts in self._counts.items():
             for edge, count in zip(self._names, np.cumsum(counts).tolist(), strict=True):
                 yield f"{series(metric, '_bucket', labels, edge)} {count}\n"

@@ -465,7 +465,7 @@ class Reader:
         self._epoll = _epoll()
         self._poll = self._epoll.poll
         compiled = drain.chosen()
-        self.compiled = None if compiled is None else compiled(self._epoll.fileno())
+        self.compiled = None if compiled is None else compiled.Drain(self._epoll.fileno())
         self._connections: dict[int, Connection] = {}
         self.ended = 0  # streams: each has woken a greenlet, which waits for the hub
         self._busy, self._weighed_events, self._weighed_ns = False, 0, 0

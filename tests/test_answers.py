@@ -65,6 +65,56 @@ def test_two_choices_in_one_event_go_to_their_own() -> None:
     assert list(answer.times_ns) == [1, 2, 3]
 
 
+LITERAL = st.one_of(
+    TEXT.map(json.dumps),
+    TEXT.map(lambda text: json.dumps(text, ensure_ascii=False)),
+    st.sampled_from(['""', '"a\\"', '"a"b"', '"\\u00e9"', '"\\ud83d\\ude00"', '"\\ud800"', '"a\\n\\tb\\"\\/"', '"\\x"', '"\x01"', "null", '"', '"a', '"' + "x\\n" * 200 + '"']),
+)
+BYTES = st.sampled_from([b""] * 25 + [b"\xc3", b"\xa9", b"\xff", b"\n", b"\r", b" ", b": c\n\n", b"data:\n\n", b"\xef\xbb\xbf"])
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.tuples(LITERAL, BYTES, BYTES, st.booleans()), max_size=12), st.just([]) | st.lists(st.integers(0, 10**6), max_size=6))
+def test_the_compiled_way_understands_what_python_does(made: list[tuple[str, bytes, bytes, bool]], places: list[int]) -> None:
+    """Like events with all sorts of strings in them, and odd bytes in some strings and after some events; some in pieces of their own."""
+    compiled = answers._COMPILED
+    if compiled is None:
+        pytest.skip("the compiled part is not here")
+    stream: list[bytes] = []
+    for literal, inside, after, alone in [('"a"', b"", b"", True), *made]:
+        text = literal.encode()
+        data = b'data: {"choices": [{"index": 0, "text": ' + text[:1] + inside + text[1:] + b', "finish_reason": null}]}\n\n' + after
+        stream += [data] if alone or not stream else [stream.pop() + data]
+    if stream and places:
+        whole = b"".join(stream)
+        edges = [0, *sorted(place % len(whole) for place in places), len(whole)]
+        stream = [whole[begin:end] for begin, end in itertools.pairwise(edges)]
+    stream += pieces(events([], [0], chat=False, tokens=20))
+    stamps = list(range(0, 1000 * len(stream), 1000))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        for part in (compiled, None):
+            patch.setattr(answers, "_COMPILED", part)
+            found = decode(stream, stamps)
+            seen.append((found.text, list(found.times_ns), found.output_tokens, found.finish_reason, found.done, found.problem))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [b"data: a\n\n", b"data: b\n\ndata: c\n\n"], [b"data: a\rdata: b\n\n"], [b"data: a\nX", b"\n\n"], [b"data: a\nid: 1\n\n"], [b"data: a\n"],
+        [b"data: a"], [b"data:a\n\n"], [b"data:  a\n\n"], [b"data: \n\n"], [b"data: a\n\n\n"], [b"\ndata: a\n\n"], [b"data: a\n", b"\ndata: b\n\n"], [b""], [],
+        [b"data: a\n\n", b"", b"data: b\n\n"], [b"data: x\n\n" * 100], [b": c\n\ndata: a\n\n"], [b"\xef\xbb\xbfdata: a\n\n"], [b"data: a\r\n\r\n"],
+    ],
+)  # fmt: skip
+def test_the_compiled_way_cuts_as_python_does(monkeypatch: pytest.MonkeyPatch, body: list[bytes]) -> None:
+    compiled = answers.split_events(body)
+    monkeypatch.setattr(answers, "_COMPILED", None)
+    plain = answers.split_events(body)
+    assert (compiled[0], compiled[1].tolist()) == (plain[0], plain[1].tolist())
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_mixed_choices_are_read_the_short_way(monkeypatch: pytest.MonkeyPatch, chat: bool) -> None:
     parsed = []

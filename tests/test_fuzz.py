@@ -221,13 +221,14 @@ def test_a_damaged_answer_ends_in_one_known_way_wherever_it_is_split(
 
 
 def both_see(both: tuple[Reader, Reader], reads: Sequence[bytes], *, close: bool = True, look: int = 0) -> None:
-    """The compiled reader leaves exactly what the plain one does: outcome, sentence, every piece with its time, the end, the connection's fate."""
+    """The compiled reader leaves exactly what the plain one does: outcome, sentence, each read's bytes, the end, the connection's fate."""
     seen = []
     for reader in both:
         served = reader.ended
         outcome, error, stream, answer = play(reader, reads, close=close, look=look)
         said = (stream.status, stream.framed, stream.coding, stream.keeps, stream.whole, stream.replica, stream.location, stream.finished_ns)
-        times = (stream.pieces, list(stream.stamps_ns), list(answer.times_ns))
+        came = {ns: b"".join(stream.pieces[at] for at, other in enumerate(stream.stamps_ns) if other == ns) for ns in stream.stamps_ns}
+        times = (came, list(answer.times_ns))
         seen.append((outcome, error, answer.text, answer.output_tokens, said, times, stream.outcome, stream.error, reader.ended - served))
     assert seen[0] == seen[1]
 
