@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -66,16 +67,20 @@ def run_command(
     web: Web = False,
     workers: Workers = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the replicas serving afterwards.")] = False,
+    watched: Annotated[bool, typer.Option("--watch", help="Prometheus and Grafana for the run, as `kilocopy watch` starts them, until it is reported.")] = False,
     as_json: AsJson = False,
     resume: Resume = None,
 ) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
+    from kilocopy.watch import beside  # noqa: PLC0415  with all that the terminal view needs
+
     loaded = load(spec)
-    if loaded.experiment is not None:
-        summary = campaign.perform(loaded, runs, resume=resume, web=web, keep=keep, quiet=as_json, workers=workers)
-    else:
-        _no_experiment(resume)
-        summary = run.run(loaded, runs, web=web, keep=keep, quiet=as_json, workers=workers)
+    with beside(runs) if watched else contextlib.nullcontext():
+        if loaded.experiment is not None:
+            summary = campaign.perform(loaded, runs, resume=resume, web=web, keep=keep, quiet=as_json, workers=workers)
+        else:
+            _no_experiment(resume)
+            summary = run.run(loaded, runs, web=web, keep=keep, quiet=as_json, workers=workers)
     _finish(summary, as_json)
 
 
@@ -263,11 +268,12 @@ def watch_command(
     terminal: Annotated[bool, typer.Option("--terminal", help="In the terminal only; start nothing.")] = False,
     prometheus_port: Annotated[int | None, typer.Option("--prometheus-port", min=1, max=65535, help="On loopback; 9090, or a free one.")] = None,
     grafana_port: Annotated[int | None, typer.Option("--grafana-port", min=1, max=65535, help="On loopback; 3000, or a free one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only say where Prometheus and Grafana are.")] = False,
 ) -> None:  # fmt: skip
     """Watch the run that is going on: Prometheus and Grafana where they are installed, and the terminal. Ctrl-C ends what was started for it."""
     from kilocopy.watch import watch  # noqa: PLC0415  with all that the terminal view needs
 
-    watch(run_dir, runs, terminal=terminal, prometheus_port=prometheus_port, grafana_port=grafana_port)
+    watch(run_dir, runs, terminal=terminal, prometheus_port=prometheus_port, grafana_port=grafana_port, quiet=quiet)
 
 
 @app.command("faults")

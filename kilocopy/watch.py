@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,12 +29,30 @@ PLAIN_EVERY_S = 10.0
 NICE = 10  # whoever watches shall not slow down what is watched
 
 
-def watch(run_dir: Path | None, runs: Path, *, terminal: bool, prometheus_port: int | None, grafana_port: int | None) -> None:
-    """Watch a run until it has ended (in the terminal), or until Ctrl-C. Raises ProblemError."""
+@contextlib.contextmanager
+def beside(runs: Path) -> Iterator[None]:
+    """`kilocopy watch --quiet` in a process of its own for the time of a `with` block; the run goes on whatever becomes of it."""
+    command = [sys.executable, "-m", "kilocopy", "watch", "--quiet", "--runs", str(runs)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(3 * viewers.STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def watch(
+    run_dir: Path | None, runs: Path, *, terminal: bool, prometheus_port: int | None, grafana_port: int | None, quiet: bool = False
+) -> None:
+    """Watch a run until it has ended (in the terminal), or until Ctrl-C; `quiet` says the addresses alone. Raises ProblemError."""
     console = Console(highlight=False)
     os.nice(NICE)
     with contextlib.suppress(KeyboardInterrupt):  # the way to end this
-        run = Ongoing(run_dir) if run_dir else ongoing.wait(runs, lambda: console.print(f"no run is going on in {runs}; waiting for one (Ctrl-C ends)"))
+        waiting = f"no run is going on in {runs}; waiting for one (Ctrl-C ends)"
+        run = Ongoing(run_dir) if run_dir else ongoing.wait(runs, lambda: None if quiet else console.print(waiting))
         ended = run.ended()
         if ended and (terminal or not viewers.recorded(run)):
             raise ProblemError(
@@ -41,12 +61,15 @@ def watch(run_dir: Path | None, runs: Path, *, terminal: bool, prometheus_port: 
         with contextlib.nullcontext(()) if terminal else viewers.start(run, prometheus_port, grafana_port) as addresses:
             for address in addresses:
                 console.print(address, soft_wrap=True)
-            if not ended:
+            if quiet and not addresses:
+                console.print("watch  no Prometheus and no docker here: `kilocopy watch` in another terminal shows the run", soft_wrap=True)
+            if not ended and not quiet:
                 _follow(run, console, addresses)
-            if addresses:
-                console.print("Ctrl-C stops what was started to watch; the run goes on without it." if not run.ended() else "Ctrl-C ends.")
-                while True:
-                    time.sleep(1)
+            if addresses and not quiet:
+                again = f"`kilocopy watch {run.run_dir}` brings it back"
+                console.print(f"What was recorded can be looked at until Ctrl-C; {again}.", soft_wrap=True)
+            while addresses:
+                time.sleep(1)
 
 
 def _follow(run: Ongoing, console: Console, addresses: tuple[str, ...]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +22,8 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from kilocopy import records
+from kilocopy import dashboards, metrics, records
+from tests.proof import WITHOUT_DATA, KnownMeter, Prometheus, Raw, as_regex, panels_without_data, variables
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -201,6 +204,127 @@ def test_the_report_recomputes_byte_for_byte_and_names_its_file_last(driven: tup
     assert again.stdout.splitlines()[-1].endswith("summary.json")
     assert printed.splitlines()[-1].endswith("summary.json")
     assert served.kilocopy("report", run_dir, "--json").stdout.encode() == before[0]
+
+
+@dataclass
+class Watched:
+    """A run that `kilocopy watch` showed with a real Prometheus, which goes on scraping the servers."""
+
+    prometheus: Prometheus
+    run_dir: Path
+    summary: dict[str, Any]
+    start_s: float
+    end_s: float  # of the minute that is compared: the last of the stage
+
+
+@pytest.fixture(scope="module")
+def watched(served: Served) -> Iterator[Watched]:
+    """Eight copies for 70 s, with a meter whose counter the test moves: 25 W."""
+    spec = served.with_stages("watched", {"arrival": "closed", "copies": 8, "duration_s": 70, "warmup_s": 1, "ramp_s": 0.5})
+    before = set((served.folder / "runs").glob("*"))
+    watching = served.background("watch", "--prometheus-port", str(free_port()))
+    driving = served.background("drive", spec)
+    try:
+        run_dir = _new_run(served, before)
+        with KnownMeter(run_dir, served.folder / "powercap", 25, served.environment):
+            out, err = driving.communicate(timeout=200)
+        assert driving.returncode == 0, err
+        assert watching.stdout is not None
+        said = next(line for line in watching.stdout if "Prometheus" in line)
+        stop = next(event for event in records.read_events(run_dir) if event["event"] == "stage_stop_asking")
+        end_s = stop["wall_ns"] / 1e9
+        summary = json.loads((served.folder / out.splitlines()[-1]).read_text())
+        yield Watched(Prometheus(re.search(r"http://127\.0\.0\.1:\d+", said)[0]), run_dir, summary, end_s - 60, end_s)  # type: ignore[index]
+    finally:
+        watching.send_signal(signal.SIGINT)
+        assert "Traceback" not in watching.communicate(timeout=60)[1]
+
+
+def _new_run(served: Served, before: set[Path]) -> Path:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for run_dir in set((served.folder / "runs").glob("*")) - before:
+            if (run_dir / "manifest.json").exists():
+                return run_dir
+        time.sleep(0.1)
+    raise AssertionError("no run began within 60 s")
+
+
+needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian's package prometheus)")
+
+
+@needs_prometheus
+def test_every_panel_of_every_dashboard_has_data_where_the_run_made_some(watched: Watched) -> None:
+    """Every query, with its variables as Grafana fills them in, against a real Prometheus that scraped the real stack."""
+    chosen = variables(watched.prometheus, watched.start_s, watched.end_s)
+    spec = json.loads((watched.run_dir / "manifest.json").read_text())["spec"]
+    assert {name: chosen[name] for name in ("cluster", "model", "run", "stage")} == {
+        "cluster": [spec["name"]], "model": [spec["model"]["id"]], "run": [watched.run_dir.name], "stage": ["0"]}  # fmt: skip
+    assert len(chosen["node"]) == 1
+    assert panels_without_data(watched.prometheus, watched.start_s, watched.end_s) == set(WITHOUT_DATA)
+    marked = dashboards.document(dashboards.COPIES)["annotations"]["list"][0]["expr"]
+    assert watched.prometheus.lines(dashboards.filled(marked, as_regex(chosen)), watched.start_s, watched.end_s)
+
+
+@needs_prometheus
+def test_what_the_rules_say_is_what_the_raw_records_say(watched: Watched) -> None:
+    """Over the minute of the stage's last evaluation. The driver's counters are seen each 2 s and extrapolated: 3 % is more than that makes."""
+    raw, prometheus = Raw(watched.run_dir), watched.prometheus
+    end_s = prometheus.value("timestamp(kilocopy:copies:mean1m)", watched.end_s)  # rules are evaluated each 5 s
+    start_s = end_s - 60
+    spec = json.loads((watched.run_dir / "manifest.json").read_text())["spec"]
+    tokens, words = raw.ended(start_s, end_s, raw.tokens), raw.ended(start_s, end_s, raw.words)
+    pages, copies = words / spec["page"]["words"], raw.copies(start_s, end_s)
+    facility_w = raw.watts(start_s, end_s) * spec["prices"]["pue"]["value"]
+    usd = spec["prices"]["hardware"]["usd_per_device_hour"]["value"] / 3600 / pages
+    expected = {
+        "copies:mean1m": copies,
+        "output_tokens_per_second:rate1m": tokens,
+        "tokens_per_second_per_copy:rate1m": tokens / copies,
+        "tokens_per_second_per_device:rate1m": tokens,
+        "pages_per_second:rate1m": pages,
+        "facility_watts:rate1m": facility_w,
+        "joules_per_page:rate1m": facility_w / pages,
+        "wh_per_page:rate1m": facility_w / pages / 3600,
+        "joules_per_output_token:rate1m": facility_w / tokens,
+        "pages_per_kwh:rate1m": 3.6e6 / (facility_w / pages),
+        "usd_per_page:rate1m": usd,
+        "pages_per_usd:rate1m": 1 / usd,
+    }
+    found = {name: prometheus.value(f"kilocopy:{name}", end_s) for name in expected}
+    print({name: (round(found[name] / value, 4), value) for name, value in expected.items()})
+    assert found == pytest.approx(expected, rel=0.03)
+    # The servers' reach Ray's page up to a report late, and that page is read each 4 s.
+    assert prometheus.value("kilocopy:server_tokens_per_second:rate1m", end_s) == pytest.approx(tokens, rel=0.1)
+    assert raw.watts(start_s, end_s) == pytest.approx(25, rel=0.01)
+    assert prometheus.value("kilocopy:copies", end_s - 1) == 8
+    assert prometheus.value("kilocopy:replicas", end_s) == 2
+    assert prometheus.value("kilocopy:slo_attained_fraction:rate1m", end_s) > 0
+    assert prometheus.value("kilocopy:error_fraction:rate1m", end_s) == 0
+
+
+@needs_prometheus
+def test_percentiles_from_buckets_are_within_their_bucket_of_the_raw_ones(watched: Watched) -> None:
+    """A quantile from buckets is as good as its bucket is narrow: it has to lie between the edges around the exact one."""
+    table = records.read(watched.run_dir, "requests").to_pylist()
+    ttft_s = [(row["first_token_ns"] - row["sent_ns"]) / 1e9 for row in table]
+    gaps_s = np.concatenate([row["gaps_us"] for row in table]) / 1e6
+    for values, name, edges in ((ttft_s, "ttft", metrics.TTFT_BUCKETS_S), (gaps_s, "inter_chunk", metrics.ICL_BUCKETS_S)):
+        exact = float(np.percentile(values, 50))
+        low, high = max(edge for edge in (0, *edges) if edge <= exact), min(edge for edge in edges if edge >= exact)
+        found = watched.prometheus.value(f"kilocopy:{name}_seconds:p50", watched.end_s)
+        assert 0.7 * low <= found <= 1.3 * high, (name, exact, found)
+
+
+@needs_prometheus
+def test_no_alert_fires_in_a_sound_run(watched: Watched) -> None:
+    """The driver's alert says what the report's verdict says, by the same bounds."""
+    fired = {labels["alertname"] for labels, _ in watched.prometheus.vector('max_over_time(ALERTS{alertstate="firing"}[1m])', watched.end_s)}
+    reasons = {reason["code"] for reason in watched.summary["stages"][0]["verdict"]["reasons"]}
+    print(fired, reasons)
+    assert fired - {"KilocopyDriverLimited"} == set()
+    if not reasons:
+        assert fired == set()
 
 
 def test_ctrl_c_in_a_stage_still_reports(served: Served) -> None:

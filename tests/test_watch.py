@@ -32,6 +32,7 @@ from kilocopy.ongoing import Ongoing
 from kilocopy.problem import ProblemError
 from kilocopy.scrape import write_targets
 from kilocopy.screen import Screen, bars
+from kilocopy.watch import beside
 from loadtests.exporter import Exporter, write_file_sd
 from tests.test_driver import open_spec
 
@@ -78,6 +79,8 @@ def begun(tmp_path: Path) -> Path:
     run_dir = manifest.create(made, tmp_path / "runs", url="http://127.0.0.1:1", driver_shares_host=True, started_by="test")
     (run_dir / "driver").mkdir()
     (run_dir / "driver" / "worker0.arrow").touch()
+    soon = time.time() + 100  # a test on a busy machine is slower than a driver
+    os.utime(run_dir / "driver" / "worker0.arrow", (soon, soon))
     records.Events(run_dir, "worker0").write("stage_start", stage=0, level=0, load=None, workers=1)
     return run_dir
 
@@ -308,3 +311,21 @@ def test_prometheus_is_started_for_a_run_and_stopped_by_ctrl_c(tmp_path: Path, p
     assert "4 in flight" in out
     assert not any(process.is_running() for process in started)
     assert viewers.recorded(run)
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian's package prometheus)")
+def test_a_run_that_wants_to_be_watched_has_its_prometheus_for_as_long_as_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "prometheus").symlink_to(str(shutil.which("prometheus")))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+    def started() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children(recursive=True) if child.name() == "prometheus"]
+
+    with beside(tmp_path / "runs"):
+        begun(tmp_path)
+        deadline_s = time.monotonic() + 30
+        while not (found := started()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+    assert not any(process.is_running() for process in found)
