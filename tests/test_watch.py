@@ -291,7 +291,7 @@ def test_prometheus_is_started_for_a_run_and_stopped_by_ctrl_c(tmp_path: Path, p
         address = re.search(r"http://127\.0\.0\.1:\d+", watching.stdout.readline())
         assert address
         query = f"{address[0]}/api/v1/query?query=kilocopy:copies"
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 60
         found: list[Any] = []
         while not found and time.monotonic() < deadline_s:
             with urllib.request.urlopen(query) as answer:
@@ -324,7 +324,7 @@ def test_a_run_that_wants_to_be_watched_has_its_prometheus_for_as_long_as_it_las
 
     with beside(tmp_path / "runs"):
         begun(tmp_path)
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 90
         while not (found := started()):
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
