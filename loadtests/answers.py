@@ -60,7 +60,8 @@ class Answer:
     def gaps_us(self) -> npt.NDArray[np.uint32]:
         """Gaps between the events that carried text, microseconds: one fewer than events."""
         gaps_us = (self.times_ns[1:] - self.times_ns[:-1]) // 1000
-        return np.maximum(np.minimum(gaps_us, _UINT32_MAX), 0).astype(np.uint32)
+        kept: npt.NDArray[np.uint32] = np.maximum(np.minimum(gaps_us, _UINT32_MAX), 0).astype(np.uint32)
+        return kept
 
     @property
     def missing(self) -> list[str]:

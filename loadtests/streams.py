@@ -277,7 +277,8 @@ class Connection:
         assert self.stream is not None  # noqa: S101
         self.compiled = True
         bytes_left, pieces_left = STREAM_BYTES_MAX - self.stream.bytes, PIECES_MAX - len(self.stream.pieces)
-        return self._drain.begin(self.fd, data, now_ns, bytes_left, pieces_left) != drain.ON
+        said: int = self._drain.begin(self.fd, data, now_ns, bytes_left, pieces_left)
+        return said != drain.ON
 
     def _take_back(self) -> tuple[str | None, bool]:
         """Have from the compiled reader what it kept: pieces of whole chunks, and what came after them for the parser.
