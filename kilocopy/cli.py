@@ -348,6 +348,8 @@ def deploy_apply(
     loaded = load(spec)
     for note in placement.notes(loaded):
         _say(f"note: {note}")
+    if driven:
+        deploying.can_drive(loaded, target)
     where = deploying.apply(loaded, target, out, _say)
     if driven:
         deploying.drive(loaded, target, where, _say)
