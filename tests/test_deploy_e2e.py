@@ -165,23 +165,6 @@ def test_kilocopy_serve_joins_a_running_ray_and_leaves_it_running(node: Node, mo
     assert "kilocopy" not in node.ask("/api/serve/applications/")["applications"]
 
 
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
-def test_a_ray_without_direct_streaming_is_refused_in_a_sentence(tmp_path: Path, model: Path) -> None:
-    spec = on_cpus(model, free_port())
-    path = tmp_path / "spec.yaml"
-    path.write_text(deploying.told(spec, "auto"))
-    node = Node(tmp_path, {})
-    try:
-        node.wait()
-        done = node.run("python", "-m", "kilocopy", "serve", path, "--address", node.address)
-    finally:
-        node.stop()
-    assert done.returncode == 2, done.stderr
-    assert "was started without RAY_metrics_report_interval_ms=1000 RAY_SERVE_ENABLE_HA_PROXY=1" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_the_environment_of_a_node_is_compared_with_the_specs() -> None:
     direct, proxy = Spec.model_validate(document("cpu")), Spec.model_validate(document("cpu") | {"cluster": document("cpu")["cluster"] | {"routing": "proxy"}})
     right: dict[str, str | None] = dict(environment(direct, ""))
