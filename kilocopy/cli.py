@@ -1,4 +1,7 @@
-"""The command line: one command a verb. A user's mistake is one sentence on standard error and exit code 2."""
+"""The command line: one command a verb. A user's mistake is one sentence on standard error and exit code 2.
+
+What measures, fits and plots loads numpy, scipy, plotly and duckdb, so a command imports it when it runs: `kilocopy status` has to answer at once.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import (
-    __version__,
-    campaign,
-    check,
-    deploying,
-    doctor,
-    experiment,
-    faults,
-    fleet_plan,
-    history,
-    manifest,
-    placement,
-    provision,
-    run,
-    serving,
-    side_by_side,
-    starting,
-)
-from kilocopy.planning import Asked
+from kilocopy import __version__, deploying, doctor, faults, manifest, placement, provision, serving, starting
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
 
@@ -72,7 +57,8 @@ def run_command(
     resume: Resume = None,
 ) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
-    from kilocopy.watch import beside  # noqa: PLC0415  with all that the terminal view needs
+    from kilocopy import campaign, run
+    from kilocopy.watch import beside
 
     loaded = load(spec)
     with beside(runs) if watched else contextlib.nullcontext():
@@ -132,6 +118,8 @@ def serve(
     stay: Annotated[bool, typer.Option("--stay", help="Stay until Ctrl-C or SIGTERM, then stop the replicas: for containers.")] = False,
 ) -> None:
     """Start the replicas, wait until each answers, and leave them serving; `kilocopy down` stops them."""
+    from kilocopy import experiment, run
+
     loaded = load(spec)
     if loaded.experiment is not None:
         loaded = experiment.plan(loaded)[0].spec
@@ -175,6 +163,8 @@ def drive(
     resume: Resume = None,
 ) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
+    from kilocopy import campaign, run
+
     loaded = load(spec)
     state = serving.status()
     if url is None:
@@ -206,6 +196,8 @@ def drive(
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")], as_json: AsJson = False) -> None:
     """Measure, price and report again from the records of a run, without a server."""
+    from kilocopy import run
+
     _finish(run.report(run_dir, quiet=as_json), as_json, redone=True)
 
 
@@ -217,6 +209,8 @@ def compare_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Put runs side by side: ratios of $/page, Wh/page, copies and speed, with intervals from repeats."""
+    from kilocopy import side_by_side
+
     side_by_side.command(runs, quality or [], html, as_json=as_json)
 
 
@@ -235,6 +229,9 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """How many replicas hold a load within the SLO, what one node's death does, and the bill: simulated from one measured replica."""
+    from kilocopy import fleet_plan
+    from kilocopy.planning import Asked
+
     asked = Asked(copies=copies, rate_per_s=rate, burstiness=burstiness, router="random" if random_router else "two_choices", seed=seed)
     fleet_plan.command(run_dir, asked, against=against, node=node, most=most, html=html, as_json=as_json)
 
@@ -246,6 +243,8 @@ def history_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the series as JSON.")] = False,
 ) -> None:
     """The same suite over versions and dates: $/page and Wh/page run after run, and by how much a year."""
+    from kilocopy import history
+
     history.command(where, html=html, as_json=as_json)
 
 
@@ -258,6 +257,8 @@ def check_command(
     junit: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
 ) -> None:
     """Hold a run against a baseline, for CI. Exit code 0: within the tolerance; 1: worse; 2: a mistake, or they do not compare."""
+    from kilocopy import check
+
     raise typer.Exit(check.command(run_dirs, against, tolerance or ["0.05"], clearly=clearly, xml=junit))
 
 
@@ -271,7 +272,7 @@ def watch_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Only say where Prometheus and Grafana are.")] = False,
 ) -> None:  # fmt: skip
     """Watch the run that is going on: Prometheus and Grafana where they are installed, and the terminal. Ctrl-C ends what was started for it."""
-    from kilocopy.watch import watch  # noqa: PLC0415  with all that the terminal view needs
+    from kilocopy.watch import watch
 
     watch(run_dir, runs, terminal=terminal, prometheus_port=prometheus_port, grafana_port=grafana_port, quiet=quiet)
 
@@ -312,7 +313,7 @@ def push_command(
     prometheus: Annotated[str | None, typer.Option("--prometheus", metavar="URL", help="Make the data source too: where Grafana reaches Prometheus.")] = None,
 ) -> None:  # fmt: skip
     """Put the dashboards into a Grafana, with the token of GRAFANA_TOKEN. What is the same there stays untouched."""
-    from kilocopy import grafana  # noqa: PLC0415  its HTTP library takes longer to load than most commands to run
+    from kilocopy import grafana
 
     address = url or os.environ.get(grafana.URL)
     if not address:

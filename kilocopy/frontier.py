@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from kilocopy import search
 from kilocopy.recording import Floats
@@ -126,7 +126,7 @@ def speed_held(speeds: Floats, quantile: float) -> Estimate | None:
     if not len(speeds):
         return None
     ordered, share = np.sort(speeds), 1 - quantile
-    low, high = binom.ppf([0.025, 0.975], len(ordered), share).astype(int)
+    low, high = np.searchsorted(bdtr(np.arange(len(ordered) + 1), len(ordered), share), [0.025, 0.975])
     value = float(np.quantile(ordered, share, method="inverted_cdf"))
     ends = float(ordered[max(low - 1, 0)]), float(ordered[min(high, len(ordered) - 1)])
     return Estimate(value=value, low=min(ends[0], value), high=max(ends[1], value))

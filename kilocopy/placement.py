@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kilocopy.problem import ProblemError
-from kilocopy.run import files
-from kilocopy.spec import CpuReplica, Deploy, GpuReplica, Spec, streams_max
+from kilocopy.spec import CpuReplica, Deploy, GpuReplica, Spec, files_named, streams_max
 
 SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|KEY_ID|CREDENTIALS?)($|_)")
 
@@ -111,7 +110,7 @@ def check(spec: Spec) -> None:
     for key in spec.cluster.env:
         if SECRET.search(key.upper()):
             raise ProblemError(f"cluster.env.{key}: looks like a secret, and would stand in the files; name a Kubernetes Secret (deploy.hf_token, deploy.api_key)")
-    for key, path in files(spec):
+    for key, path in files_named(spec):
         if deploy.models is None or not path.startswith(deploy.models.path.rstrip("/") + "/"):
             raise ProblemError(f"{key} {path}: a file of this machine, which the driver's pods do not have; put it on the claim of deploy.models and give the path below its mount")
     source = spec.model.source

@@ -19,7 +19,7 @@ from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
 from kilocopy.scrape import Scraper, write_targets
-from kilocopy.spec import Spec, streams_max
+from kilocopy.spec import Spec, files_named, streams_max
 from kilocopy.summary import Summary
 
 ERR = Console(stderr=True, highlight=False)
@@ -36,7 +36,7 @@ def run(spec: Spec, runs: Path, *, web: bool = False, keep: bool = False, quiet:
 
 def check(spec: Spec, runs: Path, workers: int = 1) -> None:
     """What would only fail after minutes of starting is refused first. Raises ProblemError."""
-    for key, path in files(spec):
+    for key, path in files_named(spec):
         if not Path(path).is_file():
             raise ProblemError(f"{key} {path}: no such file; a path is relative to the current directory")
     limits.refuse(max(streams_max(stage) for stage in spec.stages), workers)
@@ -44,21 +44,6 @@ def check(spec: Spec, runs: Path, workers: int = 1) -> None:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProblemError(f"--runs {runs}: run directories cannot be made there ({error.strerror}); name another directory") from None
-
-
-def files(spec: Spec) -> Iterator[tuple[str, str]]:
-    """The files that a spec names for the driver, with their keys."""
-    prompts = spec.workload.prompts
-    named = {
-        "workload.prompts.path": prompts,
-        "workload.prompts.input_tokens.path": getattr(prompts, "input_tokens", None),
-        "workload.output_tokens.path": spec.workload.output_tokens,
-        **{f"stages[{index}].path": stage for index, stage in enumerate(spec.stages)},
-    }
-    for key, part in named.items():
-        path = getattr(part, "path", None)
-        if path is not None:
-            yield key, path
 
 
 @contextlib.contextmanager

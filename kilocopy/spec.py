@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -837,6 +838,21 @@ class Spec(Strict):
         """Hash of the spec as resolved: the same for two files that mean the same. How it gets onto a cluster is not in it."""
         said = self.model_dump(mode="json", exclude={"deploy"})
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def files_named(spec: Spec) -> Iterator[tuple[str, str]]:
+    """The files that a spec names for the driver, with their keys."""
+    prompts = spec.workload.prompts
+    named = {
+        "workload.prompts.path": prompts,
+        "workload.prompts.input_tokens.path": getattr(prompts, "input_tokens", None),
+        "workload.output_tokens.path": spec.workload.output_tokens,
+        **{f"stages[{index}].path": stage for index, stage in enumerate(spec.stages)},
+    }
+    for key, part in named.items():
+        path = getattr(part, "path", None)
+        if path is not None:
+            yield key, path
 
 
 def load(path: Path) -> Spec:

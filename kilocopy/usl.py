@@ -21,8 +21,7 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import least_squares
-from scipy.stats import f as f_distribution
-from scipy.stats import t as t_distribution
+from scipy.special import fdtrc, stdtrit
 
 from kilocopy.recording import Floats
 from kilocopy.summary import Estimate
@@ -175,7 +174,7 @@ def _lack_of_fit(replicas: Floats, logs: Floats, curve: Floats, sd: float, freed
         return None
     misfit = sum(float((replicas == count).sum()) * float(logs[replicas == count].mean() - curve[replicas == count][0]) ** 2 for count in levels)
     between = len(levels) - parameters
-    return float(f_distribution.sf(misfit / between / sd**2, between, freedom))
+    return float(fdtrc(between, freedom, misfit / between / sd**2))
 
 
 def _interval(value: float, drawn: Floats) -> Estimate:
@@ -195,7 +194,7 @@ def mean_rate(rates: Sequence[float]) -> Estimate:
     value = float(np.exp(logs.mean()))
     if len(rates) < 2:
         return Estimate(value=value)
-    half = float(t_distribution.ppf(0.975, len(rates) - 1) * logs.std(ddof=1) / math.sqrt(len(rates)))
+    half = float(stdtrit(len(rates) - 1, 0.975) * logs.std(ddof=1) / math.sqrt(len(rates)))
     return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half))
 
 
@@ -209,5 +208,5 @@ def efficiency(rates: Sequence[float], replicas: int, rates_of_one: Sequence[flo
     if a + b == 0:
         return Estimate(value=value, low=value, high=value)
     freedom = (a + b) ** 2 / (a**2 / (len(many) - 1) + b**2 / (len(one) - 1))
-    half = float(t_distribution.ppf(0.975, freedom)) * math.sqrt(a + b)
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(a + b)
     return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half))
