@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kilocopy.figures import BLUE, GREY, ORANGE, RED, Figure, dressed, load_axis, log_ticks
-from kilocopy.summary import Estimate, FrontierFinding, ScalingFinding, Summary
+from kilocopy.k_shot import scaled
+from kilocopy.summary import BestOfNFinding, Estimate, FrontierFinding, KShotFinding, ScalingFinding, Summary
 from kilocopy.usl import throughput
 
 
@@ -112,4 +113,71 @@ def _scaling(found: ScalingFinding) -> list[Figure]:
     return [Figure("plot-scaling", head, f"{caption} {found.sharing}" if found.sharing else caption, dressed(plot))]
 
 
-CHARTS: dict[type, Callable[[Any], list[Figure]]] = {FrontierFinding: _frontier, ScalingFinding: _scaling}
+WAYS = {"one_request": (BLUE, "n samples of one request"), "same_prompt": (ORANGE, "n requests of the same prompt")}
+
+
+def _best_of_n(found: BestOfNFinding) -> list[Figure]:
+    head = "Best of n: the cost of a sample, the time to the last one, and how often one passes"
+    alone = next((arm for arm in found.arms if arm.how == "own_prompts"), None)
+    if alone is None or not found.savings:
+        return [Figure("plot-best-of-n", head, "", missing="No level of several samples stands beside one of separate requests.")]
+    columns = 3 if found.verified is not None and found.verified.pass_at else 2
+    plot = make_subplots(rows=1, cols=columns, horizontal_spacing=0.08)
+    n = [float(arm.samples) for arm in found.arms]
+    dotted = {"color": GREY, "dash": "dot", "width": 1.5}
+    plot.add_trace(go.Scatter(x=[1, max(n)], y=[1, 1], mode="lines", line=dotted, name="requests with prompts of their own"), 1, 1)
+    own = {one.samples: one.cost_ratio for one in found.savings if one.beside == "own_prompts"}
+    plot.add_trace(points([float(key) for key in own], list(own.values()), BLUE, WAYS["one_request"][1]), 1, 1)
+    apart = [arm for arm in found.arms if arm.how == "same_prompt"]
+    if apart:
+        costs = [Estimate(value=alone.samples_per_s.value / arm.samples_per_s.value) for arm in apart]
+        plot.add_trace(points([float(arm.samples) for arm in apart], costs, ORANGE, WAYS["same_prompt"][1]), 1, 1)
+    for how, (colour, name) in WAYS.items():
+        mine = [(float(arm.samples), arm.e2e_p50_s) for arm in found.arms if arm.how in {how, "own_prompts"} and arm.e2e_p50_s is not None]
+        if len(mine) > 1:
+            at, ends_s = zip(*mine, strict=True)
+            plot.add_trace(points(list(at), [Estimate(value=end_s) for end_s in ends_s], colour, name, showlegend=False), 1, 2)
+    if found.verified is not None and columns == 3:
+        plot.add_trace(points([float(one.k) for one in found.verified.pass_at], [one.value for one in found.verified.pass_at], RED, "pass@k"), 1, 3)
+        plot.update_yaxes(title="pass@k", range=[0, 1.02], row=1, col=3)
+    for column in range(1, columns + 1):
+        plot.update_xaxes(title="samples of a prompt", **load_axis(n, n), row=1, col=column)
+    plot.update_yaxes(title="cost of a sample, over separate requests", rangemode="tozero", row=1, col=1)
+    plot.update_yaxes(title="end of the last sample, s (p50)", rangemode="tozero", row=1, col=2)
+    caption = f"{found.sequences:,} sequences in flight everywhere. Left: 1 is a request with a prompt of its own; bars: 95 %. Middle: from the send of a request."
+    return [Figure("plot-best-of-n", head, caption, dressed(plot))]
+
+
+def _k_shot(found: KShotFinding) -> list[Figure]:
+    head = "Few-shot: the cost of a request, and the time to its first token, against the examples in the prompt"
+    if not found.levels:
+        return [Figure("plot-k-shot", head, "", missing="No level is valid.")]
+    plot = make_subplots(rows=1, cols=2, horizontal_spacing=0.09)
+    slopes = {one.prefix_cache: one for one in found.slopes}
+    for cached, colour, name in ((False, RED, "prefix cache off"), (True, BLUE, "prefix cache on"), (None, BLUE, "the engine as it is")):
+        mine = [one for one in found.levels if one.prefix_cache is cached]
+        if not mine:
+            continue
+        k = [float(one.examples) for one in mine]
+        milliseconds = [scaled(one.seconds, 1000) for one in mine]
+        plot.add_trace(points(k, milliseconds, colour, name, line=False), 1, 1)
+        if cached in slopes:
+            zero, slope = 1000 * slopes[cached].at_zero.value, 1000 * slopes[cached].seconds.value
+            fitted = {"mode": "lines", "line": {"color": colour, "width": 1.5, "dash": "dash"}, "showlegend": False}
+            plot.add_trace(go.Scatter(x=[0, max(k)], y=[float(f"{zero:.6g}"), float(f"{zero + slope * max(k):.6g}")], **fitted), 1, 1)
+        known = [(float(one.examples), Estimate(value=1000 * one.ttft_p50_s)) for one in mine if one.ttft_p50_s is not None]
+        if known:
+            plot.add_trace(points([x for x, _ in known], [y for _, y in known], colour, name, showlegend=False), 1, 2)
+    for column in (1, 2):
+        plot.update_xaxes(title="examples in the prompt", rangemode="tozero", row=1, col=column)
+    plot.update_yaxes(title="ms of the hardware for a request", rangemode="tozero", row=1, col=1)
+    plot.update_yaxes(title="TTFT p50, ms", rangemode="tozero", row=1, col=2)
+    return [Figure("plot-k-shot", head, f"{found.copies:,} copies at once. Bars: 95 %. Dashed: the line whose slope is what a further example costs.", dressed(plot))]
+
+
+CHARTS: dict[type, Callable[[Any], list[Figure]]] = {
+    FrontierFinding: _frontier,
+    ScalingFinding: _scaling,
+    BestOfNFinding: _best_of_n,
+    KShotFinding: _k_shot,
+}

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -42,6 +42,8 @@ DeployTarget = Annotated[
 DeployOut = Annotated[Path | None, typer.Option("--out", help="Folder of the files; by default NAME-TARGET here.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, max=1024, help="Driver processes on this host; one reads about a thousand streams.")]
 Resume = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with an experiment that was cut off.")]
+AgainLevels = Literal["none", "void", "withheld"]
+Again = Annotated[AgainLevels, typer.Option("--again", help="With --resume: play void levels again too; with `withheld`, also those whose latency is.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print summary.json instead of the report.")]
 
 
@@ -55,6 +57,7 @@ def run_command(
     watched: Annotated[bool, typer.Option("--watch", help="Prometheus and Grafana for the run, as `kilocopy watch` starts them, until it is reported.")] = False,
     as_json: AsJson = False,
     resume: Resume = None,
+    again: Again = "none",
 ) -> None:
     """All of it in order: serve, drive, measure, price, report. Ctrl-C stops it and reports what is there."""
     from kilocopy import campaign, run
@@ -63,7 +66,7 @@ def run_command(
     loaded = load(spec)
     with beside(runs) if watched else contextlib.nullcontext():
         if loaded.experiment is not None:
-            summary = campaign.perform(loaded, runs, resume=resume, web=web, keep=keep, quiet=as_json, workers=workers)
+            summary = campaign.perform(loaded, runs, resume=resume, again=again, web=web, keep=keep, quiet=as_json, workers=workers)
         else:
             _no_experiment(resume)
             summary = run.run(loaded, runs, web=web, keep=keep, quiet=as_json, workers=workers)
@@ -161,6 +164,7 @@ def drive(
     runs: RunsDir = Path("runs"),
     as_json: AsJson = False,
     resume: Resume = None,
+    again: Again = "none",
 ) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
     from kilocopy import campaign, run
@@ -185,7 +189,7 @@ def drive(
     shares_host = manifest.is_this_host(url)
     if loaded.experiment is not None:
         summary = campaign.drive(
-            loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers, quiet=as_json, resume=resume
+            loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers, quiet=as_json, resume=resume, again=again
         )
         return _finish(summary, as_json)
     _no_experiment(resume)

@@ -7,7 +7,8 @@
         summary.json, report.html
 
 A level is done once its streams have drained and the counters have settled. What was cut off stays on the disk and is played again
-in a part of its own, so `--resume` goes on from any kill, and a level's clock is never a mixture of two runs. Each part draws
+in a part of its own, so `--resume` goes on from any kill, and a level's clock is never a mixture of two runs; with `--again void` so are
+levels that are done and void, and what was played last counts. Each part draws
 prompts of its own: no prefix cache answers with what an earlier part asked.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from kilocopy import records, schedule, windows
 from kilocopy.problem import ProblemError
-from kilocopy.spec import ClosedStage, FrontierExperiment, ScalingExperiment, Spec
+from kilocopy.spec import BestOfNExperiment, ClosedStage, FrontierExperiment, KShotExperiment, ScalingExperiment, Spec, SyntheticPrompts
 
 PARTS = "parts"
 LEVELS_KEY = "experiment_levels"  # of a part's manifest: the level that each of its stages is
@@ -83,11 +84,60 @@ def _scaling(spec: Spec, asked: ScalingExperiment) -> list[Serving]:
     return servings
 
 
+def _best_of_n(spec: Spec, asked: BestOfNExperiment) -> list[Serving]:
+    """Each n as one request for n samples, and as n requests of one prompt; a driver start each, all in one seeded random order."""
+    blocks = []
+    for n in asked.levels:
+        keep = asked.verifier is not None and n == max(asked.levels)
+        blocks += [(f"{n} sample{'' if n == 1 else 's'} of a request", asked.sequences // n, {"samples": n, "keep_texts": keep or spec.workload.keep_texts})]
+        if n > 1 and asked.same_prompt_apart:
+            blocks += [(f"{n} requests of a prompt", asked.sequences, {"copies_per_prompt": n})]
+    return [Serving(spec.model_copy(update={"experiment": None, "stages": [asked.at(asked.sequences)]}), _shuffled(spec, asked, blocks))]
+
+
+def _k_shot(spec: Spec, asked: KShotExperiment) -> list[Serving]:
+    """All k on one serving with the prefix cache and one without, each in a seeded random order."""
+    servings = []
+    for cached in asked.prefix_cache or (None,):
+        engine = spec.cluster.engine if cached is None else spec.cluster.engine | {"enable_prefix_caching": cached}
+        served = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"engine": engine})})
+        front = "" if cached is None else f"cache {'on' if cached else 'off'}, "
+        blocks = [(f"{front}{k} example{'' if k == 1 else 's'}", asked.copies, _examples(spec, asked, k)) for k in asked.levels]
+        plain_spec = served.model_copy(update={"experiment": None, "stages": [asked.at(asked.copies)]})
+        servings.append(Serving(plain_spec, _shuffled(served, asked, blocks), fresh=asked.prefix_cache is not None))
+    return servings
+
+
+def _examples(spec: Spec, asked: KShotExperiment, k: int) -> dict[str, Any]:
+    """The workload with k examples: rows of the data set, or so many times `example_tokens` of text that all requests share."""
+    prompts = spec.workload.prompts
+    if not isinstance(prompts, SyntheticPrompts):
+        return {"examples": k, "examples_shared": k > 0}
+    question, shown = prompts.input_tokens, k * (asked.example_tokens or 0)
+    assert isinstance(question, int)  # noqa: S101  # the spec refuses any other
+    return {"prompts": prompts.model_copy(update={"input_tokens": question + shown, "shared_prefix_fraction": shown / (question + shown), "prefixes": 1})}
+
+
+def _shuffled(spec: Spec, asked: BestOfNExperiment | KShotExperiment, levels: list[tuple[str, int, dict[str, Any]]]) -> tuple[Block, ...]:
+    """Blocks of one level each, as often as they repeat: name, copies, what the workload differs in."""
+    order = [(level, repeat) for repeat in range(asked.repeats) for level in levels]
+    random.Random(schedule.draw(spec.workload.seed, "order")).shuffle(order)  # noqa: S311  # a seeded plan, not a secret
+    return tuple(
+        Block((f"{name}, repeat {repeat + 1}",), plain(spec, [asked.at(copies)], workload=spec.workload.model_copy(update=changes)))
+        for (name, copies, changes), repeat in order
+    )
+
+
 def _copies(count: int) -> str:
     return f"{count} cop{'y' if count == 1 else 'ies'}"
 
 
-PLANS: dict[type, Callable[[Spec, Any], list[Serving]]] = {FrontierExperiment: _frontier, ScalingExperiment: _scaling}
+PLANS: dict[type, Callable[[Spec, Any], list[Serving]]] = {
+    FrontierExperiment: _frontier,
+    ScalingExperiment: _scaling,
+    BestOfNExperiment: _best_of_n,
+    KShotExperiment: _k_shot,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ its directory

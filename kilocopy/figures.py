@@ -59,8 +59,8 @@ def figures(summary: Summary) -> list[Figure]:
 
 
 def one_hardware(summary: Summary) -> bool:
-    """Whether all stages ran on the same replicas: levels of a scaling experiment do not, and no line of copies goes through them."""
-    return summary.experiment is None or summary.experiment.kind != "scaling"
+    """Whether all stages differ in their load alone: levels of other experiments than a frontier do not, and no line of copies goes through them."""
+    return summary.experiment is None or summary.experiment.kind == "frontier"
 
 
 def throughput(summary: Summary) -> Figure:

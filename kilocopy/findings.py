@@ -1,6 +1,6 @@
 """What an experiment found, from its levels as they were measured: one function a kind, each ending in one sentence.
 
-The statistics are elsewhere (frontier.py); here the levels' stages and records become their input, and their output becomes the
+The statistics are elsewhere (frontier.py, usl.py; best_of_n.py and k_shot.py have their findings too); here the levels' stages and records become their input, and their output becomes the
 summary's section. A void level enters no statistic, and the notes say so.
 """
 
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from kilocopy import frontier, measure, price, replicas, search, usl
-from kilocopy.recording import Recording
-from kilocopy.spec import CpuReplica, FrontierExperiment, ScalingExperiment, Slo, Spec
+from kilocopy import best_of_n, frontier, k_shot, measure, price, replicas, search, usl
+from kilocopy.played import Beside, Played, notes_of
+from kilocopy.spec import BestOfNExperiment, CpuReplica, FrontierExperiment, KShotExperiment, ScalingExperiment, Slo, Spec
 from kilocopy.summary import (
     Estimate,
     Finding,
@@ -26,62 +25,25 @@ from kilocopy.summary import (
     ScalingLevel,
     ScalingServing,
     SpeedLimit,
-    Stage,
     UslFit,
 )
-from kilocopy.windows import Span
 
 
-@dataclass(frozen=True)
-class Played:
-    """One level as it was played: its stage as measured, and the records that it was measured from."""
-
-    level: str
-    spec: Spec  # the plain spec of the part that played it
-    stage: Stage
-    recorded: Recording
-    span: Span
-
-    @property
-    def counts(self) -> bool:
-        """Whether its throughput may enter a statistic."""
-        return self.stage.verdict.level != "void" and self.stage.throughput is not None
-
-    @property
-    def window_s(self) -> tuple[float, float]:
-        """The window on the clock of the part's records; the stage's own times are the experiment's."""
-        window = self.stage.window
-        if window is None:
-            return 0.0, 0.0
-        begun_s = window.start_s - self.stage.start_s + self.span.start_s
-        return begun_s, begun_s + window.duration_s
-
-
-def find(spec: Spec, played: Sequence[Played], manifest: Mapping[str, Any]) -> Finding | None:
-    """The experiment's section; None where no level was played. `manifest`: what the run was (training)."""
-    return FINDERS[type(spec.experiment)](spec, played, manifest) if played else None
-
-
-def notes_of(played: Sequence[Played], asked: int) -> list[str]:
-    """What is missing from the levels, before anything is said about them."""
-    notes = [] if len(played) == asked else [f"{len(played)} of {asked} levels were played; what follows is about those."]
-    void = [one for one in played if not one.counts]
-    if void:
-        named = ", ".join(f"{one.level} ({', '.join(reason.code for reason in one.stage.verdict.reasons)})" for one in void)
-        notes.append(f"Void and left out: {named}.")
-    return notes
+def find(spec: Spec, played: Sequence[Played], beside: Beside) -> Finding | None:
+    """The experiment's section; None where no level was played."""
+    return FINDERS[type(spec.experiment)](spec, played, beside) if played else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- the frontier
 
 
-def _frontier(spec: Spec, played: Sequence[Played], manifest: Mapping[str, Any]) -> FrontierFinding:
+def _frontier(spec: Spec, played: Sequence[Played], beside: Beside) -> FrontierFinding:
     asked = spec.experiment
     assert isinstance(asked, FrontierExperiment)  # noqa: S101
     ordered = sorted(played, key=lambda one: one.stage.copies.asked or 0)
     counted = [one for one in ordered if one.counts]
     points = [_point(one) for one in counted]
-    training = price.training_of(spec, manifest.get("training"))
+    training = price.training_of(spec, beside.training)
     gpus = training.gpus if training else None
     speeds = [_speed_limit(spec, speed, ordered, gpus) for speed in asked.speeds_tokens_per_s]
     knee = frontier.knee(points)
@@ -243,8 +205,8 @@ def _frontier_sentence(spec: Spec, best: Played | None, knee: str, speeds: Seque
 # ------------------------------------------------------------------------------------------------------------------- scaling
 
 
-def _scaling(spec: Spec, played: Sequence[Played], manifest: Mapping[str, Any]) -> ScalingFinding:
-    del manifest
+def _scaling(spec: Spec, played: Sequence[Played], beside: Beside) -> ScalingFinding:
+    del beside
     asked = spec.experiment
     assert isinstance(asked, ScalingExperiment)  # noqa: S101
     counted = [one for one in played if one.counts]
@@ -374,7 +336,9 @@ def _law_words(fit: usl.Fit) -> str:
     return f"the Universal Scalability Law with {sigma} and coherency (kappa) {_told(fit.kappa, '.3g')}{peak}"
 
 
-FINDERS: dict[type, Callable[[Spec, Sequence[Played], Mapping[str, Any]], Finding]] = {
+FINDERS: dict[type, Callable[[Spec, Sequence[Played], Beside], Finding]] = {
     FrontierExperiment: _frontier,
     ScalingExperiment: _scaling,
+    BestOfNExperiment: best_of_n.find,
+    KShotExperiment: k_shot.find,
 }

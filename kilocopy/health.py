@@ -117,13 +117,17 @@ def judge(
     max_in_flight: int | None,
     manifest: Mapping[str, Any],
     too_slow: list[Reason],
+    samples: int = 1,
 ) -> Judged:
-    """Judge the driver of one stage. `too_slow`: what copies in flight said; `max_in_flight`: None in closed loop."""
+    """Judge the driver of one stage. `too_slow`: what copies in flight said; `max_in_flight`: None in closed loop.
+
+    `samples` of one request come mixed, each step's together: near-zero gaps between them say nothing of the driver.
+    """
     each = workers(health, streams, inside, window)
     lost, late = _lost(span), _sends_late(each)
     dropped, by_server = _sends_dropped(streams, window, max_in_flight)
     voids = [*lost, *too_slow, *late, *dropped]
-    bunched, notes = _bunched(inside, each)
+    bunched, notes = _bunched(inside, each) if samples == 1 else ([], [])
     withheld = [*_lag(each, itl_p50_s), *_cpu(each), *bunched]
     blamed = [*lost, *too_slow, *late, *([] if by_server else dropped), *withheld]
     if all(one.loop_lag_p99_s is None for one in each):

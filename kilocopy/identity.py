@@ -152,8 +152,12 @@ def check_littles_law(streams: Streams, window: Window, in_flight: float) -> Che
     return _check("littles_law", per_s * residence_s, in_flight, LITTLE_LIMIT, sentence)
 
 
-def check_copies(in_flight: float, server: Samples, window: Window) -> Check:
-    """Copies in flight at the driver against running + waiting at the servers."""
+def check_copies(in_flight: float, server: Samples, window: Window, samples: int = 1) -> Check:
+    """Copies in flight at the driver against running + waiting at the servers, where a request for several samples is as many.
+
+    Samples of one request that end before its last one count to its end at the driver only.
+    """
+    in_flight *= samples
     name = "copies_client_vs_server"
     held = gauge_mean(server, ["num_requests_running", "num_requests_waiting"], window.start_s, window.end_s)
     if held is None:

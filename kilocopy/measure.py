@@ -148,9 +148,14 @@ def begun_s(streams: Streams, asked: PlainStage) -> Floats:
     return streams.sent_s if isinstance(asked, ClosedStage) else streams.scheduled_s
 
 
-def attained(streams: Streams, slo: Slo, asked: PlainStage) -> int:
+def steps_of(streams: Streams, samples: int) -> Floats:
+    """Tokens after the first of each request, or of the mean sample of one that asks for several: they come side by side."""
+    return np.asarray(np.maximum(streams.output_tokens / samples - 1, 0), dtype=np.float64)
+
+
+def attained(streams: Streams, slo: Slo, asked: PlainStage, samples: int = 1) -> int:
     """How many ok streams held the speed, (tokens - 1) / (last - first), and the TTFT. One token alone has no speed to miss."""
-    steps = np.maximum(streams.output_tokens - 1, 0)
+    steps = steps_of(streams, samples)
     fast = steps >= slo.tokens_per_s_per_copy * (streams.last_s - streams.first_s)
     soon = streams.first_s - begun_s(streams, asked) <= slo.ttft_s
     return int((fast & soon).sum())
@@ -172,13 +177,13 @@ def _window_streams(spec: Spec, recording: Recording, span: Span) -> tuple[Strea
 def held_speed(spec: Spec, recording: Recording, span: Span, slo: Slo) -> tuple[int, int]:
     """How many streams of a level are judged, and how many of them held this SLO's speed and TTFT."""
     counted, asked = _window_streams(spec, recording, span)
-    return len(counted.stage), attained(counted, slo, asked)
+    return len(counted.stage), attained(counted, slo, asked, spec.workload.samples)
 
 
 def effective_speeds(spec: Spec, recording: Recording, span: Span, slo: Slo) -> Floats:
     """Tokens/s of each judged stream of a level, (tokens - 1) / (last - first); 0 where it missed the TTFT, infinite with one token."""
     counted, asked = _window_streams(spec, recording, span)
-    steps, took_s = np.maximum(counted.output_tokens - 1, 0), counted.last_s - counted.first_s
+    steps, took_s = steps_of(counted, spec.workload.samples), counted.last_s - counted.first_s
     speeds = np.divide(steps, took_s, out=np.full(len(steps), np.inf), where=(steps > 0) & (took_s > 0))
     return np.asarray(np.where(counted.first_s - begun_s(counted, asked) <= slo.ttft_s, speeds, 0.0), dtype=np.float64)
 
@@ -217,10 +222,13 @@ def _throughput(spec: Spec, streams: Streams, window: summary.Window, rate: Esti
     )
 
 
-def _latency(inside: Streams, asked: PlainStage) -> summary.Latency:
-    """Percentiles over the ok requests that were sent and finished inside the window."""
-    several = inside.output_tokens > 1
-    tpot_s = (inside.last_s - inside.first_s)[several] / (inside.output_tokens[several] - 1)
+def _latency(inside: Streams, asked: PlainStage, samples: int) -> summary.Latency:
+    """Percentiles over the ok requests that were sent and finished inside the window.
+
+    Several samples of a request come mixed in its stream: TPOT is then the mean sample's, and the gaps between chunks are nobody's ITL.
+    """
+    steps = steps_of(inside, samples)
+    tpot_s = (inside.last_s - inside.first_s)[steps > 0] / steps[steps > 0]
     tokens_per_chunk = np.where(inside.output_tokens > 0, inside.output_tokens, np.nan) / (inside.gap_counts + 1)
     from_s, icl_s = begun_s(inside, asked), gap_percentiles(inside.gaps)
     single = bool((tokens_per_chunk == 1).all())  # a chunk is a token: a gap between chunks is one between tokens
@@ -228,7 +236,7 @@ def _latency(inside: Streams, asked: PlainStage) -> summary.Latency:
         ttft_s=percentiles(inside.first_s - from_s),
         ttft_from_send_s=percentiles(inside.first_s - inside.sent_s),
         tpot_s=percentiles(tpot_s),
-        itl_s=icl_s if single else percentiles(inside.gaps_s / np.repeat(tokens_per_chunk, inside.gap_counts)),
+        itl_s=None if samples > 1 else icl_s if single else percentiles(inside.gaps_s / np.repeat(tokens_per_chunk, inside.gap_counts)),
         icl_s=icl_s,
         e2e_s=percentiles(inside.last_s - from_s),
         send_lag_s=percentiles(inside.sent_s - inside.scheduled_s),
@@ -322,22 +330,25 @@ def _measured(
     checks = [
         check_tokens(streams, server, span),
         check_littles_law(streams, window, in_flight),
-        check_copies(in_flight, server, window),
+        check_copies(in_flight, server, window, spec.workload.samples),
     ]
-    latency = _latency(inside, asked)
+    samples = spec.workload.samples
+    latency = _latency(inside, asked, samples)
+    pace = latency.itl_s if samples == 1 else latency.tpot_s
     driver = health.judge(
         recording.health,
         streams,
         inside,
         window,
         span,
-        itl_p50_s=latency.itl_s.p50 if latency.itl_s else None,
+        itl_p50_s=pace.p50 if pace else None,
+        samples=samples,
         max_in_flight=None if isinstance(asked, ClosedStage) else asked.max_in_flight,
         manifest=manifest,
         too_slow=_copies_reasons(streams, window, asked.copies) if isinstance(asked, ClosedStage) and span.whole else [],
     )
     withheld = driver.withheld
-    slo = _slo(streams, window, spec.slo, asked, withheld=bool(withheld))
+    slo = _slo(streams, window, spec, asked, withheld=bool(withheld))
     voids = [*([INTERRUPTED] if span.cut_off else []), *driver.voids, *found.voids]
     voids += _void_reasons(spec, streams, window, checks[0], float(arrived.sum()))
     notes = _assumed_words(spec, throughput)
@@ -366,14 +377,14 @@ def _measured(
     )
 
 
-def _slo(streams: Streams, window: summary.Window, slo: Slo, asked: PlainStage, *, withheld: bool) -> dict[str, Any]:
+def _slo(streams: Streams, window: summary.Window, spec: Spec, asked: PlainStage, *, withheld: bool) -> dict[str, Any]:
     """Whether the SLO was held: by enough streams, with few enough errors. Without a clock to trust nobody can say."""
-    counted = judged(streams, window, asked)
+    slo, counted = spec.slo, judged(streams, window, asked)
     errors = error_fraction(streams, window.start_s, window.end_s, dropped=True)
     told: dict[str, Any] = {"slo_judged": len(counted.stage), "error_fraction": errors, "slo_held": None}
     if withheld or not len(counted.stage):
         return told
-    held = attained(counted, slo, asked)
+    held = attained(counted, slo, asked, spec.workload.samples)
     share = held / len(counted.stage)
     return told | {
         "slo_attained": held,

@@ -52,6 +52,8 @@ def levels(run: Finished) -> list[Level]:
     spec = known_spec(run)
     if spec.cluster.replicas != 1:
         raise ProblemError(f"{run.path}: {spec.cluster.replicas} replicas were measured; a plan is fitted on one: run the spec with cluster.replicas: 1")
+    if spec.workload.samples > 1:
+        raise ProblemError(f"{run.path}: its requests ask for {spec.workload.samples} samples each; a plan is fitted on a run with workload.samples: 1")
     found = [level for stage in run.summary.stages if (level := _level(stage)) is not None]
     found = list({level.copies: level for level in sorted(found, key=lambda one: one.copies)}.values())
     if len(found) < LEVELS_MIN:

@@ -76,14 +76,14 @@ def _parts(over: Sequence[Reading], under: Sequence[Reading], logs: list[np.ndar
     if freedom:
         pooled = sum(float(((values - values.mean()) ** 2).sum()) for values in logs) / freedom
         return "pooled", [(pooled * sum(1 / len(values) for values in logs), freedom)]
-    errors2 = [_own_error2(over[0]), _own_error2(under[0])]
+    errors2 = [own_error2(over[0]), own_error2(under[0])]
     if any(one is None for one in errors2):
         return "none", []
     return "within_run", [(one or 0.0, BATCHES - 1) for one in errors2]
 
 
-def _own_error2(one: Reading) -> float | None:
-    """Squared standard error of a figure's logarithm, from the run's own 95 % interval."""
+def own_error2(one: Reading) -> float | None:
+    """Squared standard error of a figure's logarithm, from the run's own 95 % interval; None without one."""
     if one.low is None or one.high is None or one.low <= 0:
         return None
     half = (math.log(one.high) - math.log(one.low)) / 2

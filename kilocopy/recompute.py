@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kilocopy import __version__, experiment, measure, price, recording, records, windows
+from kilocopy import __version__, experiment, measure, price, recording, records, verifier, windows
 from kilocopy.corpus import corpus
-from kilocopy.findings import Played, find
+from kilocopy.findings import find
 from kilocopy.headline import headline, searches
+from kilocopy.played import Beside, Played
 from kilocopy.problem import ProblemError
 from kilocopy.references import REFERENCES
 from kilocopy.spec import FrontierExperiment, Spec
@@ -115,8 +116,9 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
         damaged += _damaged(part, run.recorded.events)
         at_s = (bins[-1].t_s if bins else at_s) + 1 + GAP_S
     ordered = [played[level] for level in levels if level in played]
-    status, sentence = _experiment_status(home, len(levels), len(finished), damaged)
-    head, found = headline(spec, [one.stage for one in ordered], [], ""), find(spec, ordered, manifest)
+    void = sum(one.stage.verdict.level == "void" for one in ordered if one.level in finished)
+    status, sentence = _experiment_status(home, len(levels), len(finished), void, damaged)
+    head, found = headline(spec, [one.stage for one in ordered], [], ""), find(spec, ordered, Beside(manifest.get("training"), verifier.verdicts(home)))
     if not isinstance(spec.experiment, FrontierExperiment):
         head = Headline(n_slo=None, n_slo_stage=None, best_stage=None, sentence=head.sentence, n_slo_sentence=NOT_ASKED)
     if found is not None:
@@ -133,6 +135,15 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
         timeline=bins,
         experiment=found,
     )
+
+
+def done_levels(home: Path) -> dict[tuple[str, Path, int], str]:
+    """The verdict of each level of an experiment that is done, by level, part and stage."""
+    found: dict[tuple[str, Path, int], str] = {}
+    for level, (part, index) in experiment.done(home, read_manifest).items():
+        stages = {stage.index: stage for stage in _measured(part, read_manifest(part)).stages}
+        found[level, part, index] = stages[index].verdict.level
+    return found
 
 
 def _moved(stage: Stage, index: int, by_s: float) -> Stage:
@@ -154,11 +165,12 @@ def _damaged(part: Path, events: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{part.name}/{name}" for name in records.cut_off(part) if name.startswith("requests/")]
 
 
-def _experiment_status(home: Path, asked: int, finished: int, damaged: Sequence[str]) -> tuple[Literal["complete", "interrupted"], str]:
+def _experiment_status(home: Path, asked: int, finished: int, void: int, damaged: Sequence[str]) -> tuple[Literal["complete", "interrupted"], str]:
     if damaged:
         return "interrupted", f"The records are damaged: {', '.join(damaged)} is cut off, and rows are missing."
     if finished == asked:
-        return "complete", f"Complete: {asked} of {asked} levels were played to their end."
+        more = f", {void} of them void; `kilocopy run SPEC --resume {home.name} --again void` plays those again" if void else ""
+        return "complete", f"Complete: {asked} of {asked} levels were played to their end{more}."
     rest = f"`kilocopy run SPEC --resume {home.name}` plays the rest" if finished else "`kilocopy run SPEC --resume` begins again"
     return "interrupted", f"{finished} of {asked} levels were played to their end; {rest}."
 

@@ -6,6 +6,7 @@
         requests/*.arrow     a row per request, Arrow IPC stream, one file per driver process
         driver/*.arrow       once a second: the driver's own health
         server/*.arrow       scraped samples of the servers' counters
+        texts/*.arrow        requests and answers as text, where workload.keep_texts asks for them
         energy/*.arrow       cumulative joules of each meter
         targets/*.json       where the metrics pages are, while it runs: workers, power meter, servers (Prometheus' file_sd)
         summary.json, report.html
@@ -86,7 +87,30 @@ ENERGY = pa.schema([
     ("energy_j", pa.float64()),       # the meter's cumulative counter; only differences mean anything
 ])  # fmt: skip
 
-SCHEMAS = {"requests": REQUESTS, "driver": DRIVER, "server": SERVER, "energy": ENERGY}
+TEXTS = pa.schema([
+    ("stage", pa.int16()),            # as in REQUESTS, up to `sequence`; requests that ended well alone
+    ("level", pa.int16()),
+    ("copy", pa.int32()),
+    ("sequence", pa.int32()),
+    ("request", pa.string()),         # its JSON as it was sent
+    ("answer", pa.string()),          # the data set's own answer; null where it has none
+    ("texts", pa.list_(pa.string())),  # what the model said, a text for each sample
+])  # fmt: skip
+
+VERDICTS = pa.schema([
+    ("part", pa.string()),            # of an experiment: the run directory that holds the text
+    ("stage", pa.int16()),
+    ("copy", pa.int32()),
+    ("sequence", pa.int32()),
+    ("sample", pa.int16()),           # from 0
+    ("task", pa.string()),            # digest of the prompt: equal for equal prompts
+    ("verdict", pa.string()),         # passed | not_passed | timeout | verifier_failed
+    ("exit_code", pa.int16()),        # negative: the signal that ended it; null: it did not start, or was ended for its time
+    ("took_s", pa.float64()),
+    ("said", pa.string()),            # the end of what it wrote, where it failed by itself
+])  # fmt: skip
+
+SCHEMAS = {"requests": REQUESTS, "driver": DRIVER, "server": SERVER, "energy": ENERGY, "texts": TEXTS, "verdicts": VERDICTS}
 
 
 class Writer:

@@ -45,13 +45,13 @@ def wilson(attained: int, judged: int, z: float = Z_95) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def attains(row: Mapping[str, Any], slo: Slo, *, from_scheduled: bool) -> bool:
+def attains(row: Mapping[str, Any], slo: Slo, *, from_scheduled: bool, samples: int = 1) -> bool:
     """Whether an ok row (records.REQUESTS) held the SLO: TTFT from its scheduled time in open loop, else from its send; and the
-    speed (tokens - 1) / (last - first). One token alone has no speed to miss.
+    speed (tokens - 1) / (last - first), tokens of the mean sample where a request asks for several. One token alone has no speed to miss.
     """
     begun_ns = row["scheduled_ns"] if from_scheduled else row["sent_ns"]
     soon = row["first_token_ns"] - begun_ns <= slo.ttft_s * 1e9
-    steps = max(row["output_tokens"] - 1, 0)
+    steps = max(row["output_tokens"] / samples - 1, 0)
     return bool(soon and steps * 1e9 >= slo.tokens_per_s_per_copy * (row["last_token_ns"] - row["first_token_ns"]))
 
 

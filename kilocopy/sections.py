@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kilocopy.report import BADGES, DASH, band, interval, money, number, percent, times
-from kilocopy.summary import Estimate, FrontierFinding, ScalingFinding, Summary
+from kilocopy.k_shot import scaled
+from kilocopy.report import BADGES, DASH, band, interval, money, number, percent, seconds, times
+from kilocopy.summary import Arm, BestOfNFinding, Estimate, FrontierFinding, KShotFinding, ScalingFinding, ShotLevel, Summary, Verified
 
 TITLES = {
     "frontier": "Frontier: copies 1..N on this hardware",
     "scaling": "Replica scaling: replicas 1..R at the same load for each",
+    "best_of_n": "Best of n: n samples of one prompt, beside separate requests",
+    "k_shot": "Few-shot: what a further example in the prompt costs",
 }
 
 
@@ -142,4 +145,109 @@ def _scaling(found: ScalingFinding, pages: int) -> tuple[list[Table], list[str]]
     return [levels], [*sentences, *([found.sharing] if found.sharing else [])]
 
 
-SECTIONS: dict[type, Callable[[Any, int], tuple[list[Table], list[str]]]] = {FrontierFinding: _frontier, ScalingFinding: _scaling}
+HOW = {"one_request": "one request", "same_prompt": "n requests, same prompt", "own_prompts": "requests, own prompts"}
+BASIS = {
+    "repeats": "Intervals: 95 %, between repeats, with one relative spread over all levels.",
+    "within_run": "Intervals: 95 %, inside the runs.",
+    "none": "No intervals.",
+}
+
+
+def _joules(one: Arm | ShotLevel, found: Any) -> str:
+    if found is None:
+        return "not measured"
+    return f"{band(found)}{' (assumed)' if one.energy_source == 'assumed' else ''}"
+
+
+def _best_of_n(found: BestOfNFinding, pages: int) -> tuple[list[Table], list[str]]:
+    del pages
+    arms = Table(
+        "Ways to n samples",
+        ("n", "how", "requests in flight", "repeats", "samples/s [95 %]", "$ per 1,000 prompts", "J per prompt", "TTFT p50", "E2E p50", "prefix cache"),
+        [
+            [
+                f"{one.samples}",
+                HOW[one.how],
+                f"{one.requests_in_flight:,}",
+                f"{one.repeats}",
+                spread(one.samples_per_s),
+                band(times(one.usd_per_sample, 1000 * one.samples), money) if one.usd_per_sample else DASH,
+                _joules(one, one.j_per_sample and times(one.j_per_sample, one.samples)),
+                seconds(one.ttft_p50_s),
+                seconds(one.e2e_p50_s),
+                percent(one.prefix_hit_fraction),
+            ]
+            for one in found.arms
+        ],
+        f"{found.sequences:,} sequences in flight in every row. A prompt has n samples; E2E is a request's, of n samples to the end of the last one. Prefix cache: prompt tokens "
+        f"that it held, over those looked up. {BASIS[found.basis]}",
+    )
+    savings = Table(
+        "What n samples of one request cost, over separate requests",
+        ("n", "beside", "cost ratio [95 %]"),
+        [[f"{one.samples}", HOW[one.beside], spread(one.cost_ratio)] for one in found.savings],
+        "Of the hardware's time for a sample, and so of its price; 1 is no difference.",
+    )
+    return [arms, savings, *_passing(found.verified)], []
+
+
+def _passing(found: Verified | None) -> list[Table]:
+    if found is None:
+        return []
+    return [
+        Table(
+            "How often one of k samples passes",
+            ("k", "pass@k [95 %]", "$ per 1,000 solved prompts"),
+            [[f"{one.k}", spread(one.value, percent), band(times(one.usd_per_solved, 1000), money) if one.usd_per_solved else DASH] for one in found.pass_at],
+            f"{found.prompts:,} prompts, {found.samples:,} samples verified: {found.passed:,} passed, {found.not_passed:,} did not; the unbiased estimate of Chen et al. 2021, "
+            "its interval over prompts. $: k samples of one request over pass@k, for the k that were played.",
+        )
+    ]
+
+
+def _k_shot(found: KShotFinding, pages: int) -> tuple[list[Table], list[str]]:
+    del pages
+    cache = {None: "as it is", True: "on", False: "off"}
+    levels = Table(
+        "Levels",
+        ("prefix cache", "examples", "repeats", "prompt tokens", "hardware per request [95 %]", "$ per 1,000 requests", "J per request", "TTFT p50", "found in the cache"),
+        [
+            [
+                cache[one.prefix_cache],
+                f"{one.examples:,}",
+                f"{one.repeats}",
+                number(one.prompt_tokens),
+                spread(one.seconds, seconds),
+                band(times(one.usd_per_request, 1000), money) if one.usd_per_request else DASH,
+                _joules(one, one.j_per_request),
+                seconds(one.ttft_p50_s),
+                percent(one.prefix_hit_fraction),
+            ]
+            for one in found.levels
+        ],
+        f"{found.copies:,} copies at once. Hardware per request: time of all of it for one. Found in the cache: prompt tokens, over those looked up. {BASIS[found.basis]}",
+    )
+    slopes = Table(
+        "What a further example costs",
+        ("prefix cache", "hardware [95 %]", "of a request without examples", "$ per 1,000 requests", "a line?"),
+        [
+            [
+                cache[one.prefix_cache],
+                spread(one.seconds, seconds),
+                spread(one.of_a_request, percent),
+                spread(scaled(one.usd, 1000), money) if one.usd else DASH,
+                f"{'yes' if one.straight else 'no'} (p = {number(one.misfit_p)})",
+            ]
+            for one in found.slopes
+        ],
+        "The slope of a line through the levels, weighted by their errors. A line?: how often chance alone strays as far from one.",
+    )
+    return [levels, slopes], []
+
+
+SECTIONS: dict[type, Callable[[Any, int], tuple[list[Table], list[str]]]] = {
+    FrontierFinding: _frontier,
+    ScalingFinding: _scaling,
+    BestOfNFinding: _best_of_n,
+    KShotFinding: _k_shot,
+}

@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=1)]
 TAGS = {
     "measured", "published", "cpu", "gpu", "synthetic", "file", "owned", "rented",
     "closed", "constant", "poisson", "gamma", "ramp", "steps", "trace", "search",
-    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset", "frontier", "scaling",
+    "fixed", "uniform", "normal", "lognormal", "empirical", "dataset", "frontier", "scaling", "best_of_n", "k_shot",
     "claim", "uri", "redis", "rocksdb", "aws", "gcp",
 }  # fmt: skip
 
@@ -334,7 +334,10 @@ class Workload(Strict):
     output_tokens: Length = Field(description="max_tokens of a request.")
     conversation: Conversation | None = Field(None, description="Requests come as conversations of so many turns; none asks once.")
     examples: Annotated[int, Field(ge=0, le=1000)] = Field(0, description="Few-shot: so many questions with their answers before the question.")
+    examples_shared: bool = Field(False, description="Few-shot: the same examples before every question, as a prefix cache can hold them.")
     samples: Annotated[int, Field(ge=1, le=128)] = Field(1, description="Best-of-n: so many answers to each prompt (`n` of the request).")
+    copies_per_prompt: Count = Field(1, description="So many copies of a closed stage ask each prompt, each in a request of its own.")
+    keep_texts: bool = Field(False, description="Keep every request and its answers in the run directory (texts/*.arrow), as a verifier needs them.")
     ignore_eos: bool = Field(True, description="Every stream runs to its length (a vLLM extension).")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request, passed through as they are.")
     sampling: Sampling = Sampling()
@@ -349,6 +352,10 @@ class Workload(Strict):
             raise ValueError("examples need answers, and a text file of prompts has none: use prompts of kind dataset or synthetic")
         if self.examples and self.conversation:
             raise ValueError("examples and conversation do not go together: give one of them")
+        if self.examples_shared and not isinstance(self.prompts, DatasetPrompts):
+            raise ValueError("examples_shared is for prompts of a data set; synthetic prompts have shared_prefix_fraction for it")
+        if self.copies_per_prompt > 1 and (self.conversation or self.samples > 1):
+            raise ValueError("copies_per_prompt goes neither with conversation nor with samples: take one of them out")
         return self
 
 
@@ -572,7 +579,80 @@ class ScalingExperiment(_Leveled):
         return self
 
 
-Experiment = Annotated[FrontierExperiment | ScalingExperiment, Field(discriminator="kind")]
+class Verifier(Strict):
+    """A program that says whether a sample solves its prompt: the text on standard input, exit code 0: it does, 1: it does not.
+
+    Anything else (another exit code, killed by a signal, not started) is the verifier's own failure, and such a sample is neither. The
+    variable KILOCOPY_TASK names a JSON file with the request as it was sent and, from a data set, its `answer`.
+    """
+
+    command: tuple[str, ...] = Field(min_length=1, description="The program and its arguments. No shell reads it, unless you write one: [sh, -c, ...].")
+    timeout_s: Positive = Field(10, description="A verifier that takes longer is ended, and its sample counts as not solved.")
+    prompts: Count = Field(200, description="So many prompts are verified with all their samples, drawn with workload.seed from those that were answered.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("command"), str):
+            raise ValueError("command is a list of the program and its arguments, such as [python, check.py]; where you want a shell, write it: [sh, -c, ...]")
+        return value
+
+
+class BestOfNExperiment(Timed):
+    """n samples of one prompt in one request, for n of 1..N, with as many sequences in flight at every n; beside n separate requests."""
+
+    kind: Literal["best_of_n"]
+    samples: tuple[Annotated[int, Field(ge=1, le=128)], ...] = Field(min_length=1, description="The levels n; 1, separate requests with prompts of their own, among them.")
+    sequences: Count = Field(description="Samples in flight at every level: n of each of sequences / n prompts. Every n divides it.")
+    same_prompt_apart: bool = Field(True, description="Play n > 1 also as n separate requests of the same prompt.")
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(3, description="How often each level is played, all in one random order. One carries no interval between repeats.")
+    verifier: Verifier | None = Field(None, description="What says whether a sample solves its prompt; for pass@n.")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """n of each level, rising."""
+        return tuple(sorted(self.samples))
+
+    @model_validator(mode="after")
+    def _whole(self) -> BestOfNExperiment:
+        if len(set(self.samples)) < len(self.samples):
+            raise ValueError("samples: a level stands twice; repeats says how often each is played")
+        if self.samples == (1,):
+            raise ValueError("samples: 1 alone is nothing to compare: give further n, such as [1, 2, 4, 8]")
+        if 1 not in self.samples:
+            raise ValueError("samples: 1 is missing; it is what the others are compared with")
+        if odd := [n for n in self.levels if self.sequences % n]:
+            raise ValueError(f"sequences {self.sequences} is not a multiple of samples {odd[0]}: every level has as many sequences in flight")
+        return self
+
+
+class KShotExperiment(Timed):
+    """k examples in front of each question: what a further one costs, with the engine's prefix cache on and off."""
+
+    kind: Literal["k_shot"]
+    examples: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(min_length=1, description="The levels k; a slope takes three or more.")
+    example_tokens: Count | None = Field(None, description="For synthetic prompts: tokens of one example, in front of the workload's input_tokens.")
+    copies: Count
+    prefix_cache: tuple[bool, ...] | None = Field((True, False), min_length=1, description="What is served: with the prefix cache, without. null: the engine as it is.")
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(3, description="How often each level is played, all in one random order. One carries no interval between repeats.")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """k of each level, rising."""
+        return tuple(sorted(self.examples))
+
+    @model_validator(mode="after")
+    def _whole(self) -> KShotExperiment:
+        if len(set(self.examples)) < len(self.examples):
+            raise ValueError("examples: a level stands twice; repeats says how often each is played")
+        if len(self.examples) < 3:
+            raise ValueError(f"examples: {len(self.examples)} level{'' if len(self.examples) == 1 else 's'} carry no slope with an uncertainty: give three or more, such as [0, 2, 4, 8]")
+        if self.prefix_cache is not None and len(set(self.prefix_cache)) < len(self.prefix_cache):
+            raise ValueError("prefix_cache: true or false stands twice")
+        return self
+
+
+Experiment = Annotated[FrontierExperiment | ScalingExperiment | BestOfNExperiment | KShotExperiment, Field(discriminator="kind")]
 
 
 class Slo(Strict):
@@ -833,11 +913,38 @@ class Spec(Strict):
             raise ValueError("give exactly one of stages (with at least one stage) and experiment")
         return self
 
+    @model_validator(mode="after")
+    def _carries_the_experiment(self) -> Spec:
+        """What an experiment sets itself stands nowhere else."""
+        asked, work = self.experiment, self.workload
+        if isinstance(asked, BestOfNExperiment | KShotExperiment) and (work.samples > 1 or work.examples or work.conversation or work.copies_per_prompt > 1):
+            raise ValueError(f"experiment.kind {asked.kind} sets samples and examples itself: take workload.samples, examples, copies_per_prompt and conversation out")
+        if isinstance(asked, KShotExperiment):
+            _k_shot_prompts(asked, work.prompts)
+            if asked.prefix_cache is not None and "enable_prefix_caching" in self.cluster.engine:
+                raise ValueError("cluster.engine.enable_prefix_caching is set by experiment.prefix_cache: take one of them out")
+        return self
+
     @property
     def sha256(self) -> str:
         """Hash of the spec as resolved: the same for two files that mean the same. How it gets onto a cluster is not in it."""
         said = self.model_dump(mode="json", exclude={"deploy"})
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _k_shot_prompts(asked: KShotExperiment, prompts: SyntheticPrompts | FilePrompts | DatasetPrompts) -> None:
+    """Where the examples come from. Raises ValueError."""
+    if isinstance(prompts, FilePrompts):
+        raise ValueError("experiment.kind k_shot: examples need answers, and a text file of prompts has none: use prompts of kind dataset or synthetic")
+    if isinstance(prompts, DatasetPrompts):
+        if asked.example_tokens is not None:
+            raise ValueError("experiment.example_tokens is for synthetic prompts; a data set's examples are as long as they are")
+        return
+    if asked.example_tokens is None or not isinstance(prompts.input_tokens, int) or prompts.shared_prefix_fraction:
+        raise ValueError(
+            "experiment.kind k_shot with synthetic prompts needs experiment.example_tokens, a whole number of workload.prompts.input_tokens (the question's), and no "
+            "shared_prefix_fraction: the examples are the shared prefix"
+        )
 
 
 def files_named(spec: Spec) -> Iterator[tuple[str, str]]:

@@ -476,7 +476,107 @@ class ScalingFinding(Frozen):
     fit: UslFit | None
 
 
-Finding = Annotated[FrontierFinding | ScalingFinding, Field(discriminator="kind")]
+class Arm(Frozen):
+    """One way to n samples of a prompt, over all its repeats that count; costs are of one sample."""
+
+    samples: int
+    how: Literal["one_request", "same_prompt", "own_prompts"]  # n of one request; n requests of one prompt; requests with prompts of their own
+    requests_in_flight: int
+    repeats: int
+    samples_per_s: Estimate
+    usd_per_sample: Band | None
+    j_per_sample: Band | None
+    energy_source: Literal["measured", "assumed", "not_measured"]
+    ttft_p50_s: float | None  # null where a repeat's latency is withheld
+    e2e_p50_s: float | None  # of a request: of n samples, to the end of the last one
+    prefix_hit_fraction: float | None  # prompt tokens that the engines' prefix cache held; null where that was not recorded
+
+
+class Saving(Frozen):
+    """What n samples of one request cost over as many samples by separate requests, with as many sequences in flight; 1 is no difference."""
+
+    samples: int
+    beside: Literal["same_prompt", "own_prompts"]
+    cost_ratio: Estimate  # of the hardware's time, and so of its price
+
+
+class PassAt(Frozen):
+    """The chance that at least one of k samples passes (Chen et al. 2021), mean over the prompts; and what a solved prompt costs then."""
+
+    k: int
+    value: Estimate
+    usd_per_solved: Band | None  # k samples' price over the chance; null where k was not played, or nothing passed
+
+
+class Verified(Frozen):
+    """What the verifier said, of the level with the most samples."""
+
+    prompts: int  # different ones whose samples were all judged
+    prompts_left_out: int  # at least one of whose samples the verifier itself failed on
+    samples: int
+    passed: int
+    not_passed: int
+    timeouts: int  # among not_passed
+    failures: int  # of the verifier itself: its samples are on neither side
+    failure: str | None  # the commonest one, in words
+    pass_at: list[PassAt]
+
+
+class BestOfNFinding(Frozen):
+    """n samples of one prompt, beside separate requests, with as many sequences in flight at every n."""
+
+    kind: Literal["best_of_n"] = "best_of_n"
+    sentence: str
+    notes: list[str]
+    sequences: int
+    basis: Literal["repeats", "within_run", "none"]  # where intervals are from
+    arms: list[Arm]
+    savings: list[Saving]
+    verified: Verified | None  # null without a verifier
+
+
+class ShotLevel(Frozen):
+    """k examples, with or without the engine's prefix cache, over all repeats that count; costs are of one request."""
+
+    examples: int
+    prefix_cache: bool | None  # null: the engine as it was
+    repeats: int
+    prompt_tokens: float  # of the mean request, from the server's usage
+    seconds: Estimate  # of the serving hardware, for one request
+    usd_per_request: Band | None
+    j_per_request: Band | None
+    energy_source: Literal["measured", "assumed", "not_measured"]
+    ttft_p50_s: float | None
+    prefix_hit_fraction: float | None
+
+
+class Slope(Frozen):
+    """What each further example costs: the slope of a line through the levels, weighted by their errors; 95 %."""
+
+    prefix_cache: bool | None
+    levels: int
+    seconds: Estimate  # of the serving hardware, for each further example
+    at_zero: Estimate  # where the line meets k = 0
+    of_a_request: Estimate  # seconds over at_zero
+    usd: Estimate | None  # at the price's middle
+    misfit_p: float | None  # that a line strays as far by chance; null where that cannot be told
+    straight: bool  # whether it may be called a line
+
+
+class KShotFinding(Frozen):
+    """k examples in front of each question."""
+
+    kind: Literal["k_shot"] = "k_shot"
+    sentence: str
+    notes: list[str]
+    copies: int
+    basis: Literal["repeats", "within_run", "none"]
+    levels: list[ShotLevel]
+    slopes: list[Slope]
+    cache_saves: Estimate | None  # the part of the marginal cost that the cache takes off; null without both slopes and their intervals
+
+
+Finding = Annotated[FrontierFinding | ScalingFinding | BestOfNFinding | KShotFinding, Field(discriminator="kind")]
 
 
 class Summary(Frozen):

@@ -62,6 +62,10 @@ class Rows:
             self._asked[place] = 1
         return self._rows[place]
 
+    def peek(self, index: int) -> Row:
+        """The same, without counting it as asked."""
+        return self._rows[self._place(index)]
+
     def _place(self, index: int) -> int:
         place, count = 0, len(self._rows)
         while index and count > 1:
@@ -69,9 +73,15 @@ class Rows:
             place += digit
         return place % count
 
-    def examples(self, index: int, count: int) -> list[Row]:
-        """Rows with answers, other than the request's own where there are others, for its few-shot examples."""
+    def examples(self, index: int, count: int, *, alike: bool = False) -> list[Row]:
+        """Rows with answers, other than the request's own where there are others, for its few-shot examples.
+
+        `alike`: the first rows, the same for every request but those that ask one of them.
+        """
         first = self._place(index)
+        if alike:
+            others = [place for place in range(min(count + 1, len(self._rows))) if place != first] or [first]
+            return [self._rows[others[step % len(others)]] for step in range(count)]
         steps = (1 + step % max(1, len(self._rows) - 1) for step in range(schedule.draw(self._seed, "examples", index), 2**40))
         return [self._rows[(first + step) % len(self._rows)] for step, _ in zip(steps, range(count), strict=False)]
 

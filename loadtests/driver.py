@@ -55,7 +55,10 @@ class Streams:
         self.reader = Reader()
         self._exporter = _exporter(spec, run_dir, worker)
         try:
-            self.recorder = Recorder(run_dir, worker, self.reader, api_key, exporter=self._exporter, samples=spec.workload.samples)
+            asked = spec.workload
+            self.recorder = Recorder(
+                run_dir, worker, self.reader, api_key, exporter=self._exporter, samples=asked.samples, keep_texts=asked.keep_texts
+            )
         except OSError as error:
             raise ProblemError(f"{run_dir}: cannot be recorded to: {error.strerror}") from None
         self.player = Player(workload, self.recorder, spec.slo, fire=fire)

@@ -232,7 +232,7 @@ class Player:
             client.ask(self._workload.path, body, stream)
         finally:  # also when this greenlet is being killed: a cancelled stream is a row like every other
             recorder.in_flight -= 1
-            row, text = recorder.finished(place, scheduled_ns, stream)
+            row, text = recorder.finished(place, scheduled_ns, stream, lambda: {"request": body.decode(), "answer": self._workload.answer(**place)})
             self._note(level, row)
             self._fire(row, stream)
         if self._workload.turns > 1:
@@ -253,9 +253,9 @@ class Player:
             level.window.append(
                 {
                     "outcome": row["outcome"],
-                    "attained": row["outcome"] == "ok" and attains(row, self._slo, from_scheduled=open_loop),
+                    "attained": row["outcome"] == "ok" and attains(row, self._slo, from_scheduled=open_loop, samples=self._workload.samples),
                     "send_lag_s": None if row["sent_ns"] is None else (row["sent_ns"] - row["scheduled_ns"]) / 1e9,
-                    "tpot_s": _tpot_s(row),
+                    "tpot_s": _tpot_s(row, self._workload.samples),
                 }
             )
 
@@ -278,7 +278,9 @@ class Player:
         )
 
 
-def _tpot_s(row: dict[str, Any]) -> float | None:
-    if row["outcome"] != "ok" or not row["output_tokens"] or row["output_tokens"] < 2:
+def _tpot_s(row: dict[str, Any], samples: int) -> float | None:
+    """Time per token of a request, or of the mean sample of one with several."""
+    tokens = (row["output_tokens"] or 0) / samples
+    if row["outcome"] != "ok" or tokens < 2:
         return None
-    return float((row["last_token_ns"] - row["first_token_ns"]) / 1e9 / (row["output_tokens"] - 1))
+    return float((row["last_token_ns"] - row["first_token_ns"]) / 1e9 / (tokens - 1))

@@ -28,6 +28,7 @@ class Prompts:
     def __init__(self, spec: Spec, warn: Callable[[str], None]) -> None:
         source, self._seed = spec.workload.prompts, spec.workload.seed
         self._chat, self._examples = spec.workload.endpoint == "chat", spec.workload.examples
+        self._alike = spec.workload.examples_shared
         synthetic = isinstance(source, SyntheticPrompts)
         self._passages: Passages | None = None
         if synthetic or any(isinstance(stage, TraceStage) for stage in spec.stages):
@@ -68,6 +69,10 @@ class Prompts:
             return Row(tuple(self._few_shot(index, length)), ())
         text = self._one(index, length)
         return Row(({"role": "user", "content": text},), (text,))
+
+    def answer(self, index: int) -> str | None:
+        """The data set's answer to request number `index`."""
+        return None if hasattr(self, "_lengths") else self._rows.peek(index).answer
 
     def turn(self, index: int, first: int, turn: int) -> str:
         """The user's new text in turn `turn` of a conversation; `first` is the number of its first request, `index` of this one."""
@@ -140,7 +145,7 @@ class Prompts:
         row = self._rows(index)
         if not self._examples:
             return row
-        shown = [(one.questions[0], one.answer or "") for one in self._rows.examples(index, self._examples)]
+        shown = [(one.questions[0], one.answer or "") for one in self._rows.examples(index, self._examples, alike=self._alike)]
         messages = _as_chat(shown, row.questions[0]) if self._chat else _as_text(shown, row.questions[0])
         return Row(tuple(messages), row.questions, row.answer, row.output_tokens)
 

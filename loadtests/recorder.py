@@ -35,11 +35,14 @@ _NO_GAPS = np.empty(0, np.uint32)
 class Recorder:
     """Owns this process' files in the run directory, and the counters that people watch meanwhile."""
 
-    def __init__(self, run_dir: Path, worker: int, reader: Reader, secret: str | None, *, exporter: Exporter | None = None, samples: int = 1) -> None:
+    def __init__(
+        self, run_dir: Path, worker: int, reader: Reader, secret: str | None, *, exporter: Exporter | None = None, samples: int = 1, keep_texts: bool = False
+    ) -> None:
         process = f"worker{worker}"
         self.worker, self._reader, self._secret, self._exporter, self._samples = worker, reader, secret, exporter, samples
         self.events = Events(run_dir, process)
         self._requests, self._driver = Writer(run_dir, "requests", process), Writer(run_dir, "driver", process)
+        self._texts = Writer(run_dir, "texts", process) if keep_texts else None
         self._process = psutil.Process()
         self._lags_us: list[int] = []
         self._marked_lags_us: list[int] | None = None  # since the mark, where one was set
@@ -94,8 +97,11 @@ class Recorder:
         if self._exporter is not None:
             self._exporter.finished(row, gaps_us)
 
-    def finished(self, place: dict[str, int], scheduled_ns: int, stream: Stream) -> tuple[dict[str, Any], str]:
-        """Understand an ended stream and keep its row; returns the row and the text. `place`: stage, level, copy, sequence."""
+    def finished(self, place: dict[str, int], scheduled_ns: int, stream: Stream, asked: Callable[[], dict[str, Any]] | None = None) -> tuple[dict[str, Any], str]:
+        """Understand an ended stream and keep its row; returns the row and the text. `place`: stage, level, copy, sequence.
+
+        `asked`: the request and the data set's answer to it, called where texts are kept.
+        """
         answer = decode(stream.pieces, stream.stamps_ns, samples=self._samples)
         outcome, error = _outcome(stream, answer)
         if error and self._secret:
@@ -121,6 +127,8 @@ class Recorder:
             "error": error[:ERROR_CHARS_MAX] if error else None,
         }
         self._keep(row, gaps_us)
+        if self._texts is not None and asked is not None and outcome == "ok" and not self.closed:
+            self._texts.append({**place, **asked(), "texts": [_storable(text) for text in answer.texts or (answer.text,)]})
         return row, answer.text
 
     def probe(self) -> None:
@@ -163,6 +171,8 @@ class Recorder:
         if not self.closed:
             self._requests.flush()
             self._driver.flush()
+            if self._texts is not None:
+                self._texts.flush()
 
     def close(self, reason: str) -> None:
         """Write the last rows and the end of the run. Raises OSError when the disk is full; a second call does nothing."""
@@ -173,12 +183,19 @@ class Recorder:
             self.events.write("run_end", reason=reason)
             self._requests.close()
             self._driver.close()
+            if self._texts is not None:
+                self._texts.close()
 
     def abandon(self) -> None:
         """Stop recording where recording itself failed; what was written stays."""
         self.closed = True
         with contextlib.suppress(OSError):  # the disk is still full; a reader sees a run without an end, which means the same
             self.events.write("run_end", reason="interrupted")
+
+
+def _storable(text: str) -> str:
+    """Without the half characters that JSON can escape and UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _outcome(stream: Stream, answer: Answer) -> tuple[str, str | None]:

@@ -31,6 +31,7 @@ class Workload:
         self._spec, self._seed = spec, asked.seed
         self.path = PATHS[asked.endpoint]
         self.turns = asked.conversation.turns if asked.conversation else 1
+        self.samples = asked.samples
         for index, stage in enumerate(spec.stages):
             if isinstance(stage, TraceStage) and (self.turns > 1 or asked.examples):
                 raise ProblemError(f"stages[{index}]: a trace brings its own prompts: take workload.conversation and workload.examples out")
@@ -57,7 +58,7 @@ class Workload:
 
         shape: the lengths and shared blocks that a trace recorded; history: the answers to the earlier turns of this conversation.
         """
-        index = schedule.prompt_index(self._spec, stage, level, copy, sequence)
+        index = self._number(stage, level, copy, sequence)
         length = None
         if shape is not None:
             messages, length = [_user(self._prompts.shaped(index, shape))], shape.output_tokens
@@ -77,6 +78,14 @@ class Workload:
         if self._spec.workload.sampling.seeded:
             asked["seed"] = schedule.request_seed(self._seed, stage, level, copy, sequence)
         return json.dumps({**self._fixed, **asked}).encode()
+
+    def _number(self, stage: int, level: int, copy: int, sequence: int) -> int:
+        """The number of the prompt that a request asks: its own, or that of the copies that ask it together."""
+        return schedule.prompt_index(self._spec, stage, level, copy // self._spec.workload.copies_per_prompt, sequence)
+
+    def answer(self, stage: int, level: int, copy: int, sequence: int) -> str | None:
+        """The data set's own answer to what a request asked, where it has one."""
+        return None if self.turns > 1 else self._prompts.answer(self._number(stage, level, copy, sequence))
 
     def _conversation(self, numbers: Sequence[int], history: Sequence[str]) -> list[Message]:
         """The turns so far, each with its answer, and the new one; `numbers` are those of its requests."""

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from kilocopy import experiment
+from kilocopy import campaign, experiment
 from kilocopy.findings import FINDERS
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
@@ -33,8 +33,8 @@ def home_of(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = None) -> None:
-    """One part that played these levels, each with its own gap between tokens; `cut`: one that did not come to its end."""
+def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = None, broken: str | None = None) -> None:
+    """One part that played these levels, each with its own gap between tokens; `cut`: one that did not come to its end; `broken`: one whose streams all failed."""
     block = next(
         block for serving in experiment.plan(Spec.model_validate(read_manifest(home)["spec"])) for block in serving.blocks
         if set(levels) <= set(block.levels)
@@ -53,7 +53,8 @@ def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = N
         for second in range(1, 22):
             run.scrape(at_s + second, labels='{"ReplicaId": "a"}', kv_cache_usage_perc=copies / 100)
             run.scrape(at_s + second, labels='{"ReplicaId": "b"}', kv_cache_usage_perc=copies / 50)
-        at_s = run.stage(index, at_s, gaps_s=gaps_s) + 1
+        ended: dict[str, Any] = {"outcome": "truncated"} if level == broken else {}
+        at_s = run.stage(index, at_s, gaps_s=gaps_s, **ended) + 1
     if cut is None:
         run.end(at_s)
     else:
@@ -104,6 +105,24 @@ def test_a_cut_level_is_left_and_gets_prompts_of_its_own(tmp_path: Path) -> None
     assert block.spec.workload.seed != again.spec.workload.seed != spec.workload.seed
     play(home, "2", levels(4, 8, 16, 32))
     assert experiment.left(experiment.plan(spec)[0], experiment.done(home, read_manifest).keys(), 2) == []
+
+
+def test_void_levels_are_played_again_where_that_is_asked(tmp_path: Path) -> None:
+    home = home_of(tmp_path / "home", FRONTIER)
+    play(home, "1", levels(1, 2, 4, 8, 16, 32), broken="4 copies")
+    summary = summarise(home)
+    assert [stage.verdict.level for stage in summary.stages] == ["valid", "valid", "void", "valid", "valid", "valid"]
+    assert "1 of them void; `kilocopy run SPEC --resume home --again void` plays those again" in summary.status_sentence
+    (serving,) = experiment.plan(Spec.model_validate(FRONTIER))
+    assert campaign._blocks(home, serving, campaign._refused(home, "none")) == []
+    refused = campaign._refused(home, "void")
+    (block,) = campaign._blocks(home, serving, refused)
+    assert block.levels == ("4 copies",)
+    play(home, "2", levels(4))
+    assert campaign._blocks(home, serving, refused) == []
+    again = summarise(home)
+    assert {stage.verdict.level for stage in again.stages} == {"valid"}
+    assert campaign._refused(home, "void") == frozenset()
 
 
 def test_another_spec_or_an_ordinary_run_is_not_taken_up(tmp_path: Path) -> None:
@@ -181,7 +200,7 @@ def test_every_kind_that_a_spec_may_name_can_be_planned() -> None:
     kinds = set(get_args(get_args(Experiment)[0]))
     assert kinds == set(experiment.PLANS) == set(FINDERS)
     with pytest.raises(ValidationError, match="frontier"):
-        Spec.model_validate(asked("best_of_n", prompts_in_flight=4))
+        Spec.model_validate(asked("no_such_kind"))
 
 
 # ------------------------------------------------------------------------------------------------------------------- scaling
