@@ -10,6 +10,10 @@ from kilocopy.spec import Spec
 
 def build(spec: Spec) -> Any:
     """The bound Serve application. Raises ValueError with Ray's or vLLM's own words for an argument they refuse."""
+    if spec.cluster.simulated_engine is not None:
+        from cluster import simulated  # noqa: PLC0415
+
+        return simulated.build(spec)
     from ray.serve.llm import LLMConfig, build_openai_app  # noqa: PLC0415  reads the environment that Ray was started with
 
     directory = local_model(spec)

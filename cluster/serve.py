@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from kilocopy.records import write_json
 from kilocopy.spec import CpuReplica, GpuReplica, Spec
 
 STOP = threading.Event()
+CONTROL_SILENT_S = 120.0
 
 
 class StartError(Exception):
@@ -109,8 +111,9 @@ def serve(spec: Spec, state: State, local: bool) -> None:
     """Start, deploy, warm up, then watch until stopped. Raises StartError."""
     import ray  # noqa: F401, PLC0415  before the thread, so that both use one whole module
 
-    # Importing vLLM (13 s of CPU) and starting Ray's processes (8 s, mostly waiting) go side by side.
-    importing = threading.Thread(target=_quietly, args=(__import__, "ray.serve.llm"), daemon=True)
+    # Importing vLLM (13 s of CPU) and starting Ray's processes (8 s, mostly waiting) go side by side. A simulated engine needs no vLLM.
+    module = "ray.serve" if spec.cluster.simulated_engine is not None else "ray.serve.llm"
+    importing = threading.Thread(target=_quietly, args=(__import__, module), daemon=True)
     importing.start()
     start_ray(spec, local)
     importing.join()
@@ -122,8 +125,20 @@ def serve(spec: Spec, state: State, local: bool) -> None:
     if local:
         yield_to_driver()
     state.set(phase="ready", url=f"http://127.0.0.1:{spec.cluster.port}", metrics=metrics_targets(), ready_at=time.time())
+    watch(state)
+
+
+def watch(state: State) -> None:
+    """Keep the state true until stopped. While Ray's control plane does not answer (its controller is being restarted) the last state stands."""
+    silent_since_s = None
     while not STOP.wait(1.0):
-        state.set(**observe(), metrics=metrics_targets())
+        try:
+            state.set(**observe(), metrics=metrics_targets())
+            silent_since_s = None
+        except Exception as error:
+            silent_since_s = silent_since_s or time.monotonic()
+            if time.monotonic() - silent_since_s > CONTROL_SILENT_S:
+                raise StartError(f"Ray's control plane has not answered for {CONTROL_SILENT_S:g} s: {first_line(error)}") from error
 
 
 def start_ray(spec: Spec, local: bool) -> None:
@@ -219,11 +234,18 @@ def deploy(spec: Spec, state: State) -> None:
     except Exception as error:
         raise StartError(f"cluster.engine or model: {first_line(error)}") from None
     state.set(phase="starting Serve")
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": spec.cluster.port})
+    ray_serve.start(http_options={"host": listen_on(), "port": spec.cluster.port})
     state.set(phase="starting replicas")
     threading.Thread(
         target=lambda: _quietly(_run, app, _blocking=False, name=APPLICATION, route_prefix="/"), daemon=True
     ).start()
+
+
+def listen_on() -> str:
+    """The address of HAProxy and of the replicas' own servers: loopback, unless the proxy has to reach replicas on other nodes."""
+    import ray  # noqa: PLC0415
+
+    return "127.0.0.1" if len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}) == 1 else "0.0.0.0"  # noqa: S104
 
 
 def _quietly(call: Any, *arguments: Any, **options: Any) -> None:
@@ -251,22 +273,35 @@ def wait_ready(spec: Spec, state: State) -> None:
 
 
 def observe() -> dict[str, Any]:
-    """How the application stands: its status, its deployments' complaint if any, and its replicas by state."""
-    from ray import serve as ray_serve  # noqa: PLC0415
-
-    app = ray_serve.status().applications.get(APPLICATION)
+    """How the application stands: its status, its deployments' complaint if any, its replicas by state, and each with its node."""
+    app = details().get(APPLICATION)
     if app is None:
-        return {"application": "DEPLOYING", "message": "", "replicas": {}}
-    message, replicas = "", {}
-    for name, deployment in app.deployments.items():
+        return {"application": "DEPLOYING", "message": "", "replicas": {}, "fleet": []}
+    message, fleet = "", []
+    for name, deployment in app["deployments"].items():
         if name.startswith("LLMServer"):
-            replicas = {str(getattr(key, "value", key)): count for key, count in deployment.replica_states.items()}
-        text = deployment.message or ""
+            fleet = sorted(
+                ({"replica": one["replica_id"], "node": one.get("node_ip"), "state": word(one["state"])} for one in deployment["replicas"]),
+                key=lambda one: (str(one["node"]), one["replica"]),
+            )
+        text = deployment["message"] or ""
         if "Traceback" in text or "failed to start" in text or "exception" in text.lower():
             message = message or text
-    if app.status.value == "DEPLOY_FAILED":
-        message = message or app.message
-    return {"application": app.status.value, "message": message, "replicas": replicas}
+    if word(app["status"]) == "DEPLOY_FAILED":
+        message = message or app["message"]
+    return {"application": word(app["status"]), "message": message, "replicas": dict(Counter(one["state"] for one in fleet)), "fleet": fleet}
+
+
+def word(state: Any) -> str:
+    """An enumeration's value, as state.json has it."""
+    return str(getattr(state, "value", state))
+
+
+def details() -> dict[str, Any]:
+    """What Serve says of each application, its replicas and the nodes they are on: what its dashboard shows."""
+    from ray.serve.context import _get_global_client  # noqa: PLC0415
+
+    return dict(_get_global_client().get_serve_details()["applications"])
 
 
 def engine_error(message: str) -> str:

@@ -135,12 +135,20 @@ def serve(
 
 
 @app.command()
-def status() -> None:
-    """Say what is being served: replicas, address, metrics endpoints."""
+def status(
+    seconds: Annotated[float, typer.Option("--seconds", min=0, max=600, help="Where something runs: take tokens/s over this long.")] = 3,
+) -> None:
+    """Say what is being served: replicas, address, metrics endpoints; node by node copies, tokens/s, pages/hour (JSON; the table is on standard error)."""
+    from kilocopy import standing
+
     state = serving.status()
     if not state:
         typer.echo("nothing is being served")
         raise typer.Exit(1)
+    if state["alive"] and state.get("metrics"):
+        now = standing.nodes(state, serving.served(), seconds)
+        state |= now
+        typer.echo("\n".join(standing.table(now)), err=True)
     typer.echo(json.dumps(state, indent=2, sort_keys=True))
     if not state["alive"]:
         raise typer.Exit(1)

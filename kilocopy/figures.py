@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kilocopy.report import RATIOS, asked, from_spec, load_label, money, number, pages_unit
-from kilocopy.summary import Band, Bin, Search, SearchLevel, Stage, Summary
+from kilocopy.summary import Band, Bin, Outage, Search, SearchLevel, Stage, Summary
 
 BLUE, ORANGE, RED, GREY = "#3f7fd0", "#dd7a2f", "#d0473d", "#8b919c"
 LOADS = ((63, 120, 205), (38, 157, 178), (72, 162, 98), (201, 160, 38), (222, 118, 46), (204, 70, 66))
@@ -276,18 +276,24 @@ def timeline(summary: Summary) -> Figure:
         values = [getattr(one, name) for one in bins]
         if any(value is not None for value in values):
             plot.add_trace(_course([one.t_s for one in bins], values, label, line), row, 1)
+    if any(one.broken_tokens_per_s for one in bins):
+        arrived: list[float | None] = [one.output_tokens_per_s + one.broken_tokens_per_s for one in bins]
+        plot.add_trace(_course([one.t_s for one in bins], arrived, "with streams that broke later", {"color": RED, "width": 1, "dash": "dot"}), 1, 1)
     failed = [one for one in bins if one.errors]
     if failed:
         plot.add_trace(_failures(failed), 2, 1)
     for stage in summary.stages:
         _shade(plot, summary, stage)
+    for outage in summary.outages:
+        _lost(plot, outage)
     plot.update_xaxes(title="seconds since the run's first event", row=2, col=1)
     plot.update_yaxes(title="output tokens/s", rangemode="tozero", row=1, col=1)
     plot.update_yaxes(title="copies", rangemode="tozero", row=2, col=1)
     return Figure(
         "plot-timeline",
         head,
-        "Shaded: the windows that count. Ramps, drains and the time between stages are outside them.",
+        "Shaded: the windows that count. Ramps, drains and the time between stages are outside them."
+        + (" Dashed: a replica or a node was lost; dotted: the rate was back at 90 %." if summary.outages else ""),
         dressed(plot, top=64),
     )
 
@@ -310,6 +316,16 @@ def _failures(bins: list[Bin]) -> go.Scatter:
         hovertemplate="%{customdata} errors<extra></extra>",
         cliponaxis=False,
     )
+
+
+def _lost(plot: go.Figure, outage: Outage) -> None:
+    """Where a replica or a node died, and how long until the rate was back."""
+    line = {"color": RED, "width": 1.5, "dash": "dash"}
+    plot.add_shape(type="line", x0=outage.at_s, x1=outage.at_s, y0=0, y1=1, xref="x", yref="paper", line=line)
+    if outage.recovered_after_s is not None:
+        back_s = outage.at_s + outage.recovered_after_s
+        plot.add_shape(type="line", x0=back_s, x1=back_s, y0=0, y1=1, xref="x", yref="paper", line=line | {"dash": "dot"})
+    plot.add_annotation(text="lost", x=outage.at_s, xref="x", y=0.98, yref="paper", xanchor="left", yanchor="top", showarrow=False, font={"size": 11, "color": RED})
 
 
 def _shade(plot: go.Figure, summary: Summary, stage: Stage) -> None:

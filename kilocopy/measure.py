@@ -470,7 +470,7 @@ def timeline(recording: Recording, found: Sequence[Span]) -> list[summary.Bin]:
         return []
     edges_s = recording.seconds_s
     courses = recording.courses()
-    tokens = np.sum([np.zeros(bins), *(course.tokens for course in courses)], axis=0)
+    tokens, broken = (np.sum([np.zeros(bins), *(getattr(course, name) for course in courses)], axis=0) for name in ("tokens", "broken"))
     sent_s, finished_s, failed_s = (
         np.concatenate([np.zeros(0), *(getattr(course, name) for course in courses)]) for name in ("sent_s", "finished_s", "failed_s")
     )
@@ -489,6 +489,7 @@ def timeline(recording: Recording, found: Sequence[Span]) -> list[summary.Bin]:
             stage=int(stage_of[i]),
             level=int(level_of[i]),
             output_tokens_per_s=float(tokens[i]),
+            broken_tokens_per_s=float(broken[i]),
             in_flight=max(0.0, float(in_flight[i])),
             server_running=None if np.isnan(running[i]) else float(running[i]),
             server_waiting=None if np.isnan(waiting[i]) else float(waiting[i]),

@@ -89,6 +89,7 @@ def render_html(summary: Summary) -> str:
         money_unit="$/page" if pages == 1 else f"$ per {pages:,} pages",
         figures=drawn[len(charted) :],
         experiment=sections.section(summary, pages),
+        fleet=sections.fleet(summary),
         charts=charted,
         searches=[(search, report.search_rows(search)) for search in summary.searches],
         search_heads=report.SEARCH_HEADS,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kilocopy import __version__, experiment, measure, price, recording, records, verifier, windows
+from kilocopy import __version__, experiment, measure, nodes, outages, price, recording, records, verifier, windows
 from kilocopy.corpus import corpus
 from kilocopy.findings import find
 from kilocopy.headline import headline, searches
@@ -59,6 +59,7 @@ def summarise(run_dir: Path) -> Summary:
         searches=searched,
         wall_zero_s=next((event["wall_ns"] / 1e9 - event["t_s"] for event in run.recorded.events if "wall_ns" in event), None),
         timeline=measure.timeline(run.recorded, run.spans),
+        outages=outages.outages(run.recorded, run.spans),
     )
 
 
@@ -66,11 +67,15 @@ def _measured(run_dir: Path, manifest: dict[str, Any]) -> Measured:
     spec = _spec(run_dir, manifest)
     recorded = recording.load(run_dir)
     found = [span for span in windows.spans(recorded.events) if 0 <= span.index < len(spec.stages)]
-    return Measured(manifest, spec, recorded, found, [_stage(spec, recorded, span, manifest) for span in found])
+    stages = nodes.counted(spec, [_stage(spec, recorded, span, manifest) for span in found], recorded.server)
+    return Measured(manifest, spec, recorded, found, stages)
 
 
 def _summary(manifest: dict[str, Any], spec: Spec, stages: list[Stage], head: Headline, **more: Any) -> Summary:
     """What runs and experiments have in common."""
+    simulated = _simulated(spec)
+    if simulated is not None:
+        head = head.model_copy(update={"sentence": f"{simulated} {head.sentence}"})
     shown = (head.n_slo_stage, head.n_slo_level) if head.n_slo_stage is not None else (head.best_stage, head.best_level)
     at_stage = next((stage for stage in stages if (stage.index, stage.level) == shown), None)
     return Summary(
@@ -84,8 +89,18 @@ def _summary(manifest: dict[str, Any], spec: Spec, stages: list[Stage], head: He
         corpus=corpus(spec, manifest.get("training"), at_stage),
         prices=price.prices_used(spec),
         references=list(REFERENCES),
+        simulated=simulated,
         **more,
     )
+
+
+def _simulated(spec: Spec) -> str | None:
+    """What every report of a simulated engine begins with."""
+    times = spec.cluster.simulated_engine
+    if times is None:
+        return None
+    step = f"{times.step_s:g} s + {times.step_s_per_copy:g} s x running + {times.prefill_s_per_token:g} s x prompt tokens"
+    return f"SIMULATED ENGINE: no model ran, and no figure here is a measurement of one. Its stated step: {step}, at most {times.running_max} running."
 
 
 # ------------------------------------------------------------------------------------------------------------- an experiment

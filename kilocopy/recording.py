@@ -66,9 +66,10 @@ class Health:
 
 @dataclass(frozen=True)
 class Course:
-    """What the timeline needs of a level: its ok streams' tokens in each second, and when requests were sent, ended and failed."""
+    """What the timeline needs of a level: tokens of its ok and of its broken streams in each second, and when requests were sent, ended and failed."""
 
     tokens: Floats
+    broken: Floats
     sent_s: Floats
     finished_s: Floats
     failed_s: Floats
@@ -76,10 +77,10 @@ class Course:
     @classmethod
     def of(cls, streams: Streams, edges_s: Floats) -> Course:
         """The course of some requests over these seconds."""
-        tokens = streams.where(streams.ok).tally(edges_s) if len(edges_s) > 1 else np.zeros(0)
+        tokens, broken = (streams.where(mask).tally(edges_s) if len(edges_s) > 1 else np.zeros(0) for mask in (streams.ok, streams.failed))
         ended = ~np.isnan(streams.finished_s)
         known = ended & ~np.isnan(streams.sent_s)
-        return cls(tokens, streams.sent_s[known], streams.finished_s[known], streams.finished_s[ended & streams.failed])
+        return cls(tokens, broken, streams.sent_s[known], streams.finished_s[known], streams.finished_s[ended & streams.failed])
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
         yield Text()
         yield _latency_table(summary)
         yield wrapped("Latencies: p50 / p90 / p99, of requests sent and finished inside the window.", width, style="dim")
-    yield from _experiment(summary, width)
+    yield from _titled(summary, width)
     for search in summary.searches:
         yield Text()
         yield wrapped(f"Search, stage {search.stage}: {search.sentence}", width)
@@ -253,24 +253,24 @@ def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
             yield from (wrapped(sentence, width, indent="  ") for sentence in sentences)
 
 
-def _experiment(summary: Summary, width: int) -> Iterator[Text | Table]:
-    """The section of an experiment."""
-    from kilocopy.sections import section  # noqa: PLC0415  it writes with this module's notation
+def _titled(summary: Summary, width: int) -> Iterator[Text | Table]:
+    """The sections with tables of their own: an experiment's, and the fleet's."""
+    from kilocopy.sections import fleet, section  # noqa: PLC0415  they write with this module's notation
 
-    found = section(summary, pages_unit(summary))
-    if found is None:
-        return
-    yield Text()
-    yield wrapped(found.title, width, style="bold")
-    for table in found.tables:
+    for found in (section(summary, pages_unit(summary)), fleet(summary)):
+        if found is None:
+            continue
         yield Text()
-        yield wrapped(table.title, width)
-        yield _rows(table.heads, table.rows)
-        if table.legend:
-            yield wrapped(table.legend, width, style="dim")
-    if found.sentences:
-        yield Text()
-    yield from (wrapped(sentence, width, indent="  ") for sentence in found.sentences)
+        yield wrapped(found.title, width, style="bold")
+        for table in found.tables:
+            yield Text()
+            yield wrapped(table.title, width)
+            yield _rows(table.heads, table.rows)
+            if table.legend:
+                yield wrapped(table.legend, width, style="dim")
+        if found.sentences:
+            yield Text()
+        yield from (wrapped(sentence, width, indent="  ") for sentence in found.sentences)
 
 
 def _sections(summary: Summary) -> Iterator[tuple[str, list[str]]]:

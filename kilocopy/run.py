@@ -99,7 +99,7 @@ def drive(
     progress = driving.ProgressPrinter(ERR, spec)
     meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
     marked = stage_marks.annotating(run_dir, spec, lambda said: ERR.print(f"[yellow]drive[/]  {said}"))
-    with meter, Scraper(run_dir, targets) as scraper, progress, marked:
+    with meter, Scraper(run_dir, targets, look=serving.looking(url)) as scraper, progress, marked:
         code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress, workers=workers)
     for target, error in scraper.failures.items():
         ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kilocopy.k_shot import scaled
-from kilocopy.report import BADGES, DASH, band, interval, money, number, percent, seconds, times
+from kilocopy.report import BADGES, DASH, band, interval, money, number, percent, place, seconds, times
 from kilocopy.summary import Arm, BestOfNFinding, Estimate, FrontierFinding, KShotFinding, ScalingFinding, ShotLevel, Summary, Verified
 
 TITLES = {
@@ -45,6 +45,31 @@ def section(summary: Summary, pages: int) -> Section | None:
         return None
     tables, sentences = SECTIONS[type(found)](found, pages)
     return Section(TITLES[found.kind], found.sentence, [table for table in tables if table.rows], [*sentences, *found.notes])
+
+
+def fleet(summary: Summary) -> Section | None:
+    """What each node and GPU did, whether the router dealt evenly, and what was lost on the way; None where one replica served all the time."""
+    several = any(sum(node.replicas for node in stage.nodes) > 1 for stage in summary.stages)
+    if not several and not summary.outages:
+        return None
+    table = Table(
+        "Nodes",
+        ("stage", "node", "replicas", "GPUs", "copies", "tokens/s", "per GPU", "pages/h", "per GPU"),
+        [
+            [
+                place(stage), node.node, f"{node.replicas:,}", DASH if node.gpus is None else f"{node.gpus:g}", number(node.copies),
+                number(node.output_tokens_per_s), number(node.output_tokens_per_s_per_gpu), number(node.pages_per_hour), number(node.pages_per_hour_per_gpu),
+            ]
+            for stage in summary.stages
+            for node in stage.nodes
+        ],
+        "In each stage's window, by the servers' own counters, so the sum may differ a little from the stage's tokens/s. Copies: running, mean over the scrapes. "
+        "Replicas: all that were seen there, those that died and those that took their place.",
+    )  # fmt: skip
+    sentences = [f"stage {place(stage)}: {stage.balance.sentence}" for stage in summary.stages if stage.balance is not None]
+    lost = [f"stage {outage.stage}: {outage.sentence}" for outage in summary.outages]
+    nodes = {node.node for stage in summary.stages for node in stage.nodes}
+    return Section("The fleet", f"{len(nodes)} node{'s' * (len(nodes) != 1)} served.", [table] if table.rows else [], [*lost, *sentences])
 
 
 def spread(value: Estimate | None, write: Callable[[float | None], str] = number) -> str:

@@ -47,13 +47,25 @@ def status() -> dict[str, Any] | None:
     return state
 
 
+def served() -> Spec:
+    """The spec of what is being served."""
+    return Spec.model_validate_json((state_dir() / "spec.json").read_text(encoding="utf-8"))
+
+
+def looking(url: str) -> Callable[[], dict[str, Any] | None]:
+    """`status`, for a run against what is served here; for one against any other address, what knows of nothing."""
+    state = status()
+    return status if state and state["alive"] and state.get("url") == url else lambda: None
+
+
 def same_cluster(spec: Spec) -> None:
     """What is driven has to be what is served, or every figure per replica and device is wrong. Raises ProblemError."""
-    served = Spec.model_validate_json((state_dir() / "spec.json").read_text(encoding="utf-8"))
+    there = served()
+    here = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"address": there.cluster.address})})  # `kilocopy serve --address`
     for part in ("model", "cluster"):
-        if getattr(served, part) != getattr(spec, part):
+        if getattr(there, part) != getattr(here, part):
             raise ProblemError(
-                f"{part}: differs from that of '{served.name}', which is being served; `kilocopy down`, then `kilocopy serve` this spec"
+                f"{part}: differs from that of '{there.name}', which is being served; `kilocopy down`, then `kilocopy serve` this spec"
             )
 
 

@@ -133,6 +133,18 @@ class GpuReplica(Strict):
         return self
 
 
+class SimulatedEngine(Strict):
+    """No model: replicas that answer at a stated speed, to try the control plane (cluster/simulated.py). Its figures are no measurements of a model.
+
+    A step gives every running sequence a token and lasts step_s + step_s_per_copy x running + prefill_s_per_token x prompt tokens admitted.
+    """
+
+    step_s: Positive
+    step_s_per_copy: NonNegative = 0
+    prefill_s_per_token: NonNegative = 0
+    running_max: Count = Field(256, description="Sequences that run at once; the rest waits.")
+
+
 class Cluster(Strict):
     """Where the replicas run and how requests reach them."""
 
@@ -150,6 +162,7 @@ class Cluster(Strict):
         default_factory=dict, description="Environment of the replicas; no secrets: they are written to the manifest."
     )
     start_timeout_s: Positive = 1800
+    simulated_engine: SimulatedEngine | None = Field(None, description="Instead of vLLM: no model runs, and every report says so.")
 
     @property
     def devices(self) -> float:
@@ -167,6 +180,16 @@ class Cluster(Strict):
                 raise ValueError(f"a fraction of a GPU ({gpus}) cannot hold {workers} parallel workers: use gpus_per_replica: {workers}")
             if gpus >= 1 and gpus != workers:
                 raise ValueError(f"gpus_per_replica is {gpus:g} but tensor_parallel x pipeline_parallel is {workers}: make them equal")
+        return self
+
+    @model_validator(mode="after")
+    def _simulated(self) -> Cluster:
+        if self.simulated_engine is None:
+            return self
+        if not isinstance(self.hardware, CpuReplica) or self.tensor_parallel * self.pipeline_parallel > 1:
+            raise ValueError("simulated_engine runs no model and takes no GPU: set hardware.kind: cpu, without parallelism")
+        if self.routing != "direct" or self.engine:
+            raise ValueError("simulated_engine stands in for vLLM behind direct routing: leave engine out, and routing at direct")
         return self
 
 
@@ -908,6 +931,16 @@ class Spec(Strict):
         return self
 
     @model_validator(mode="after")
+    def _simulated(self) -> Spec:
+        if self.cluster.simulated_engine is None:
+            return self
+        if self.page.words_per_token is None:
+            raise ValueError("cluster.simulated_engine writes no text: state page.words_per_token with its source (0.75 is usual for English)")
+        if self.deploy is not None or self.model.training is not None or self.workload.samples > 1:
+            raise ValueError("cluster.simulated_engine runs no model: leave deploy and model.training out, and workload.samples at 1")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_play(self) -> Spec:
         if bool(self.stages) == (self.experiment is not None):
             raise ValueError("give exactly one of stages (with at least one stage) and experiment")
@@ -929,6 +962,8 @@ class Spec(Strict):
     def sha256(self) -> str:
         """Hash of the spec as resolved: the same for two files that mean the same. How it gets onto a cluster is not in it."""
         said = self.model_dump(mode="json", exclude={"deploy"})
+        if self.cluster.simulated_engine is None:
+            del said["cluster"]["simulated_engine"]  # a spec from before it could be asked for means the same
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -223,11 +223,59 @@ class Bin(Frozen):
     t_s: float
     stage: int  # -1 between stages
     level: int = 0
-    output_tokens_per_s: float
+    output_tokens_per_s: float  # of streams that ended well
+    broken_tokens_per_s: float = 0.0  # of streams that broke later: they arrived, and count nowhere else
     in_flight: float | None
     server_running: float | None
     server_waiting: float | None
     errors: int
+
+
+class NodeShare(Frozen):
+    """What one node did in a stage's window, by the servers' own counters; GPU figures are null where it has none."""
+
+    node: str  # its address
+    replicas: int  # seen there in the window; one that was replaced counts beside its successor
+    gpus: float | None
+    copies: float  # running sequences, mean over the scrapes
+    output_tokens_per_s: float
+    output_tokens_per_s_per_gpu: float | None
+    pages_per_hour: float | None  # at the stage's words per token
+    pages_per_hour_per_gpu: float | None
+
+
+class Balance(Frozen):
+    """Copies (running and waiting) on the replicas that were there for the whole window; off: over the limit and a copy more than the mean."""
+
+    replicas: int
+    replicas_asked: int
+    busiest: str
+    busiest_copies: float
+    least_copies: float
+    mean_copies: float
+    ratio: float  # of the busiest to the mean
+    limit: float
+    off: bool
+    sentence: str
+
+
+class Outage(Frozen):
+    """A replica or a node that died while a stage was asking. Rates are of all tokens that arrived, those of broken streams too."""
+
+    stage: int
+    level: int = 0
+    what: str
+    at_s: float  # the first failure, else when it was noticed
+    noticed_s: float
+    replicas_lost: int
+    before_tokens_per_s: float | None  # mean of 10 s; null where the stage had run under 3 s
+    lowest_tokens_per_s: float | None  # the worst second
+    depth_fraction: float | None
+    recovered_after_s: float | None  # until 90 % of the rate before, in the mean of 3 s; null: not while the stage asked
+    replaced_after_s: float | None  # until Serve had as many replicas running again; null: not while the run went on
+    watched_s: float  # from the loss to the end of the stage's asking
+    errors: dict[str, int]  # of the stage from the loss on, by outcome
+    sentence: str
 
 
 class Stage(Frozen):
@@ -253,6 +301,8 @@ class Stage(Frozen):
     driver: Driver
     checks: list[Check]
     cost: Cost | None
+    nodes: list[NodeShare] = []  # the busiest first; empty where no server was scraped
+    balance: Balance | None = None  # null with fewer than two replicas
 
 
 class Ratio(Frozen):
@@ -596,5 +646,7 @@ class Summary(Frozen):
     overhang: Overhang | None
     corpus: Corpus | None = None
     experiment: Finding | None = None  # what an experiment found
+    outages: list[Outage] = []  # replicas and nodes that died while a stage was asking
+    simulated: str | None = None  # where no model ran: what stood in for it, in words
     prices: list[dict[str, Any]]  # every price used: name, value, low, high, unit, source, date
     references: list[Reference]

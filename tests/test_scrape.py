@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -85,3 +86,42 @@ def test_prometheus_finds_the_servers_pages(tmp_path: Path) -> None:
         {"targets": ["127.0.0.1:8080"], "labels": labels | {"__scheme__": "http", "__metrics_path__": "/metrics"}},
         {"targets": ["host"], "labels": labels | {"__scheme__": "https", "__metrics_path__": "/v1/metrics"}},
     ]
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A page that takes connections and never answers, as that of a node whose power has gone."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/metrics"
+
+
+def test_a_silent_page_keeps_no_other_waiting(tmp_path: Path, page: str, silent: str) -> None:
+    with Scraper(tmp_path, [silent, page], interval_s=0.1):
+        until_s = time.monotonic() + 4  # a page is missed after 5 s
+        while time.monotonic() < until_s and len(set(records.read(tmp_path, "server").column("time_ns").to_pylist())) < 8:
+            time.sleep(0.05)
+        seen = len(set(records.read(tmp_path, "server").column("time_ns").to_pylist()))
+    assert seen >= 8
+
+
+def test_the_fleet_is_followed_and_its_changes_are_events(tmp_path: Path, page: str) -> None:
+    def running(**fleet: str) -> dict[str, object]:
+        return {"alive": True, "name": "s", "metrics": [page], "fleet": [{"replica": name, "node": node, "state": "RUNNING"} for name, node in fleet.items()]}
+
+    other = "http://10.255.0.2:1/metrics"
+    states = iter([running(a="127.0.0.1", b="10.255.0.2") | {"metrics": [page, other]}, running(a="127.0.0.1"), running(a="127.0.0.1", c="127.0.0.1")])
+    last: dict[str, object] = {}
+
+    def look() -> dict[str, object]:
+        last.update(next(states, last))
+        return dict(last)
+
+    with Scraper(tmp_path, [page], interval_s=0.05, look=look):
+        until_s = time.monotonic() + 20
+        while time.monotonic() < until_s and len(records.read_events(tmp_path)) < 3:
+            time.sleep(0.05)
+    events = [(event["event"], event.get("replica"), event["node"]) for event in records.read_events(tmp_path)]
+    assert events == [("node_lost", None, "10.255.0.2"), ("replica_lost", "b", "10.255.0.2"), ("replica_running", "c", "127.0.0.1")]
+    assert json.loads((tmp_path / "targets" / "servers.json").read_text())[0]["targets"] == [page.removeprefix("http://").removesuffix("/metrics")]
