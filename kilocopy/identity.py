@@ -162,4 +162,4 @@ def check_copies(in_flight: float, server: Samples, window: Window, samples: int
     held = gauge_mean(server, ["num_requests_running", "num_requests_waiting"], window.start_s, window.end_s)
     if held is None:
         return _unchecked(name, in_flight, COPIES_LIMIT, "the servers' running and waiting were not recorded in the window")
-    return _check(name, in_flight, held, COPIES_LIMIT, f"The driver had {in_flight:.2f} copies in flight, the servers held {held:.2f}")
+    return _check(name, in_flight, held, COPIES_LIMIT, f"The driver had {in_flight:.2f} {'copies' if samples == 1 else 'samples'} in flight, the servers held {held:.2f}")

@@ -126,7 +126,10 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
             level = named[span.index] if span.index < len(named) else None
             if level in levels and finished.get(level, (part, span.index)) == (part, span.index):
                 numbers[span.index] = levels.index(level)
-                played[level] = Played(level, run.spec, _moved(stage, numbers[span.index], at_s), run.recorded, span)
+                moved = _moved(stage, numbers[span.index], at_s)
+                if not isinstance(spec.experiment, FrontierExperiment):  # levels that differ in more than their copies say in what
+                    moved = moved.model_copy(update={"title": level})
+                played[level] = Played(level, run.spec, moved, run.recorded, span)
         bins += [_moved_bin(one, numbers.get(one.stage, -1), at_s) for one in measure.timeline(run.recorded, run.spans)]
         damaged += _damaged(part, run.recorded.events)
         at_s = (bins[-1].t_s if bins else at_s) + 1 + GAP_S

@@ -129,6 +129,7 @@ def test_a_known_saving_is_found_with_its_interval(tmp_path: Path) -> None:
     assert arm[1, "own_prompts"].prefix_hit_fraction == 0
     assert found.sentence.startswith("4 samples of one request cost 0.77")
     assert summary.headline.n_slo is None
+    assert {stage.title for stage in summary.stages} == set(blocks(spec()))
     page = render_html(summary)
     assert "plot-best-of-n" in page
     assert 'id="plot-throughput"' not in page

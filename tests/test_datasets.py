@@ -160,6 +160,18 @@ def test_a_conversation_asks_the_rows_questions_and_keeps_its_system_message(tmp
     assert [message["content"] for message in messages] == ["be short", "one?", "real 1", "two?", "real 2", "one?"]
 
 
+def test_shared_examples_stand_before_every_question(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {n}", "answer": f"answer {n}"} for n in range(12)]
+    made = Workload(asking(write(tmp_path / "a.jsonl", rows), examples=3, examples_shared=True))
+    fronts: dict[str, int] = {}
+    for copy in range(12):
+        front, _, own = said(made, copy)["prompt"].rpartition("Question: ")
+        assert own.split("\n")[0] not in front
+        fronts[front] = fronts.get(front, 0) + 1
+        assert made.answer(0, 0, copy, 0) == own.split("\n")[0].replace("question", "answer")
+    assert max(fronts.values()) == 9  # all but the three that are examples themselves
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_few_shot_examples_are_other_rows_with_their_answers(tmp_path: Path, endpoint: str) -> None:
     rows = [{"prompt": f"question {n}", "answer": f"answer {n}"} for n in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -89,6 +90,23 @@ def started() -> Iterator[list[Drive]]:
         if drive.process.poll() is None:
             drive.process.kill()
             drive.process.communicate()
+
+
+def test_copies_that_share_a_prompt_and_texts_that_are_kept(tmp_path: Path, started: list[Drive]) -> None:
+    played = spec({"copies": 4, "requests": 12}, copies_per_prompt=2, keep_texts=True)
+    with Server("ok", tokens=10, ttft_s=0.03, itl_s=0.01) as server:
+        started.append(drive := Drive(tmp_path, server.url, played))
+        assert drive.wait() == 0, drive.err
+    texts = records.read(tmp_path, "texts").to_pylist()
+    assert sorted((row["copy"], row["sequence"]) for row in texts) == sorted((row["copy"], row["sequence"]) for row in drive.rows)
+    prompts: dict[tuple[int, int], set[str]] = {}
+    for row in texts:
+        assert [len(text.split()) for text in row["texts"]] == [10]
+        assert row["answer"] is None
+        prompts.setdefault((row["copy"] // 2, row["sequence"]), set()).add(json.loads(row["request"])["prompt"])
+    assert {len(said) for said in prompts.values()} == {1}  # two copies ask the same
+    assert len(set.union(*prompts.values())) == len(prompts)
+    assert "sk-secret" not in str(texts)
 
 
 def test_stages_follow_one_another_and_are_recorded_whole(tmp_path: Path, started: list[Drive]) -> None:

@@ -168,6 +168,38 @@ def test_open_loop_and_search_from_two_workers(served: Served) -> None:
     assert roofline["events_per_s"] > 1000
 
 
+def test_samples_of_a_prompt_on_real_servers(served: Served) -> None:
+    """Best of n: the real engines' mixed streams, texts kept for a verifier, and both sides' counts of tokens and of sequences."""
+    yaml = YAML()
+    tree = yaml.load(served.spec.read_text())
+    del tree["stages"]
+    tree["workload"]["output_tokens"] = 20
+    code = "import sys, os, json; text = sys.stdin.read(); sys.exit(not (text and json.load(open(os.environ['KILOCOPY_TASK']))['request']['n'] == 4))"
+    tree["experiment"] = {
+        "kind": "best_of_n", "samples": [1, 4], "sequences": 8, "repeats": 1, "duration_s": 3, "warmup_s": 1, "ramp_s": 0.5,
+        "verifier": {"command": [sys.executable, "-S", "-c", code], "prompts": 5, "timeout_s": 60},
+    }  # fmt: skip
+    path = served.folder / "samples.yaml"
+    with path.open("w") as file:
+        yaml.dump(tree, file)
+    done = served.kilocopy("drive", path)
+    assert done.returncode == 0, done.stderr
+    home = served.folder / Path(done.stdout.splitlines()[-1]).parent
+    summary = json.loads((home / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    for stage in summary["stages"]:
+        tokens = next(check for check in stage["checks"] if check["name"] == "client_tokens_vs_server")
+        assert tokens["outcome"] == "passed", tokens
+    found = summary["experiment"]
+    assert {(arm["samples"], arm["how"]) for arm in found["arms"]} <= {(1, "own_prompts"), (4, "one_request"), (4, "same_prompt")}
+    assert found["verified"]["samples"] == found["verified"]["passed"] == 20, found["verified"]
+    texts = [row for part in (home / "parts").iterdir() for row in records.read(part, "texts").to_pylist()]
+    assert {len(row["texts"]) for row in texts} == {4}
+    assert any(len(set(row["texts"])) > 1 for row in texts)  # samples differ
+    requests = [row for part in (home / "parts").iterdir() for row in records.read(part, "requests").to_pylist()]
+    assert {row["output_tokens"] for row in requests if row["outcome"] == "ok"} == {20, 80}
+
+
 def test_the_figures_recompute_from_the_raw_records(driven: tuple[Path, dict[str, Any], str]) -> None:
     """Tokens/s of the busy stage again, by hand: chunk times inside the window, every stream scaled to its usage."""
     run_dir, summary, _ = driven

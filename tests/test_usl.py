@@ -1,4 +1,4 @@
-"""The Universal Scalability Law: recovered from synthetic servings at the stated rate, and from published measurements."""
+"""The Universal Scalability Law: recovered from synthetic servings at the stated rate, and as another implementation fits it."""
 
 from __future__ import annotations
 
@@ -100,14 +100,17 @@ def test_levels_that_no_law_explains_are_refused() -> None:
     assert "lack of fit" in found
 
 
-def test_a_published_fit_is_found_again() -> None:
-    """Gunther's ray-tracing benchmark (Guerrilla Capacity Planning, 2007, table 5.1 and section 5.4): sigma 0.0500 and kappa 5e-6 by the book."""
-    rates = {1: 20, 4: 78, 8: 130, 12: 170, 16: 190, 20: 200, 24: 210, 28: 230, 32: 260, 48: 280, 64: 310}
-    replicas = np.array(list(rates), dtype=np.float64)
-    rate, sigma, kappa = usl._solve(replicas, np.log(list(rates.values())), "usl")
-    assert sigma == pytest.approx(0.05, abs=0.01)
-    assert 0 <= kappa < 1e-4
-    assert rate == pytest.approx(20, rel=0.1)
+def test_another_implementations_fits_are_found_again() -> None:
+    """R's package usl 3.0.0 (N. J. Gunther, S. Moeding): tests/coef.R with its stored output, and the fit of the data set specsdm91 (SPEC SDM91 on a SPARCcenter 2000,
+    loads 1 to 216): the README's coefficients and the fitted values in tests/fitted.Rout.save. Its alpha, beta, gamma are sigma, kappa, lambda here.
+    """
+    replicas = np.array([1.0, 2, 4, 6, 8, 10])
+    rate, sigma, kappa = usl._solve(replicas, np.log([1, 1.8868, 3.0769, 3.5294, 3.5398, 3.3557]), "usl")
+    assert (rate, sigma, kappa) == (pytest.approx(1.00, abs=0.005), pytest.approx(0.02, abs=0.0005), pytest.approx(0.02, abs=0.0005))
+    loads, fitted = np.array([1.0, 18, 36, 72, 108, 144, 216]), np.array([90.0, 1078, 1541, 1850, 1879, 1822, 1646])
+    assert usl.throughput(loads, 89.9952330, 0.0277285, 0.0001044) == pytest.approx(fitted, abs=1.5)  # stored in whole numbers
+    rate, sigma, kappa = usl._solve(loads, np.log(fitted), "usl")
+    assert (rate, sigma, kappa) == (pytest.approx(90.0, rel=0.01), pytest.approx(0.0277, rel=0.02), pytest.approx(0.0001044, rel=0.02))
 
 
 def test_efficiency_and_its_interval() -> None:
