@@ -110,7 +110,6 @@ def render_html(summary: Summary) -> str:
         appendix=appendix.tables(),
         multiplier=appendix.multiplier(summary)[1],
         conditions=_conditions(summary),
-        grafana=str(summary.run.get("grafana_url") or ""),
         boards=_boards(summary),
         rules=_rules(summary),
         pages_rest="at an assumed number of words per output token, since the text means nothing" if report.assumed_words(summary) else "of the decoded text, counted, not assumed from tokens",
@@ -352,18 +351,29 @@ def _conditions(summary: Summary) -> list[tuple[str, str]]:
     return [(label, _words(value)) for label, value in [*spec, *known, *rest]]
 
 
-def _boards(summary: Summary) -> list[tuple[str, str]]:
-    """The dashboards at this run's time, half a minute more on both sides: addresses, or paths where the run knew of no Grafana."""
+Board = tuple[str, list[tuple[str, str]], bool]  # what was played, (dashboard, address), and whether the addresses can be opened
+
+
+def _boards(summary: Summary) -> list[Board]:
+    """The dashboards at this run's time, half a minute more on both sides; of an experiment, at each part's, which was a run of its own.
+
+    Without a Grafana it is the path of the first one, which links to the others.
+    """
+    if summary.parts:
+        return [_board(summary, ", ".join(part.levels), part.run, part.start_wall_s, part.end_wall_s, part.grafana_url) for part in summary.parts]
     if summary.wall_zero_s is None or not summary.timeline:
         return []
-    base = str(summary.run.get("grafana_url") or "/")
-    if not base.startswith(("http://", "https://", "/")):
-        return []
-    spec = summary.run.get("spec") or {}
-    variables = {"cluster": spec.get("name"), "model": (spec.get("model") or {}).get("id"), "run": summary.run.get("id")}
     end_s = summary.wall_zero_s + summary.timeline[-1].t_s
+    return [_board(summary, "", summary.run.get("id"), summary.wall_zero_s, end_s, summary.run.get("grafana_url"))]
+
+
+def _board(summary: Summary, what: str, run: str | None, start_s: float, end_s: float, grafana: str | None) -> Board:
+    live = bool(grafana and grafana.startswith(("http://", "https://")))
+    spec = summary.run.get("spec") or {}
+    variables = {"cluster": spec.get("name"), "model": (spec.get("model") or {}).get("id"), "run": run}
     known = {name: str(value) for name, value in variables.items() if value}
-    return dashboards.links(base, summary.wall_zero_s - 30, end_s + 30, known)
+    found = dashboards.links(str(grafana) if live else "/", start_s - 30, end_s + 30, known)
+    return what, found if live else found[:1], live
 
 
 def _words(value: Any) -> str:

@@ -22,7 +22,7 @@ from kilocopy.played import Beside, Played
 from kilocopy.problem import ProblemError
 from kilocopy.references import REFERENCES
 from kilocopy.spec import FrontierExperiment, Spec
-from kilocopy.summary import SCHEMA_VERSION, Bin, Headline, Stage, Summary
+from kilocopy.summary import SCHEMA_VERSION, Bin, Headline, Part, Stage, Summary
 
 NOT_ASKED = "N_SLO is not asked by this experiment: its levels differ in more than their copies. A frontier, a search or plain stages ask for it."
 GAP_S = 5.0  # between two parts of an experiment on its axis of time; what truly lay between them is left out
@@ -117,10 +117,12 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
     played: dict[str, Played] = {}
     bins: list[Bin] = []
     damaged: list[str] = []
+    played_parts: list[Part] = []
     at_s = 0.0
     for part in experiment.parts(home):
         run = _measured(part, read_manifest(part))
         named = run.manifest.get(experiment.LEVELS_KEY) or []
+        played_parts += _part(part, run.manifest, named, run.recorded.events)
         numbers = {}
         for span, stage in zip(run.spans, run.stages, strict=True):
             level = named[span.index] if span.index < len(named) else None
@@ -152,6 +154,7 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
         searches=[],
         timeline=bins,
         experiment=found,
+        parts=played_parts,
     )
 
 
@@ -162,6 +165,15 @@ def done_levels(home: Path) -> dict[tuple[str, Path, int], str]:
         stages = {stage.index: stage for stage in _measured(part, read_manifest(part)).stages}
         found[level, part, index] = stages[index].verdict.level
     return found
+
+
+def _part(run_dir: Path, manifest: dict[str, Any], levels: Sequence[str], events: Sequence[dict[str, Any]]) -> list[Part]:
+    """When a part was played, to find it on the dashboards; nothing where its driver never wrote an event."""
+    walls_s = [event["wall_ns"] / 1e9 for event in events if "wall_ns" in event]
+    if not walls_s:
+        return []
+    ends = {"start_wall_s": min(walls_s), "end_wall_s": max(walls_s)}
+    return [Part(run=run_dir.name, levels=list(levels), grafana_url=manifest.get("grafana_url"), **ends)]
 
 
 def _moved(stage: Stage, index: int, by_s: float) -> Stage:

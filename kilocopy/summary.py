@@ -629,6 +629,16 @@ class KShotFinding(Frozen):
 Finding = Annotated[FrontierFinding | ScalingFinding | BestOfNFinding | KShotFinding, Field(discriminator="kind")]
 
 
+class Part(Frozen):
+    """One run directory of an experiment, as dashboards know it: a run of its own."""
+
+    run: str
+    levels: list[str]
+    start_wall_s: float  # Unix times of its first and its last event
+    end_wall_s: float
+    grafana_url: str | None = None  # the Grafana that watched it
+
+
 class Summary(Frozen):
     """summary.json."""
 
@@ -648,5 +658,6 @@ class Summary(Frozen):
     experiment: Finding | None = None  # what an experiment found
     outages: list[Outage] = []  # replicas and nodes that died while a stage was asking
     simulated: str | None = None  # where no model ran: what stood in for it, in words
+    parts: list[Part] = []  # an experiment's run directories, in order of time
     prices: list[dict[str, Any]]  # every price used: name, value, low, high, unit, source, date
     references: list[Reference]

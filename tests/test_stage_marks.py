@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from kilocopy.spec import Spec
 from kilocopy.stage_marks import Marks, annotating
 from tests.grafana import TOKEN, FakeGrafana
 from tests.synthetic import BASE_NS, Run, spec
+from tests.test_experiment import asked, home_of, play
 from tests.test_report import without_plotly
 
 ZERO_MS = (1_800_000_000 * 10**9 + BASE_NS) // 10**6
@@ -158,6 +160,26 @@ def test_the_report_links_to_the_dashboards_at_the_runs_time(tmp_path: Path) -> 
         assert (asked["var-cluster"], asked["var-model"], asked["var-run"]) == (["known"], ["toy"], ["T_known"])
         assert int(asked["from"][0]) == ZERO_MS + 2000 - 30_000  # the first event, half a minute earlier
         assert int(asked["to"][0]) - int(asked["from"][0]) < 90_000
+
+
+def test_an_experiments_report_links_to_each_of_its_parts(tmp_path: Path) -> None:
+    """A part is a run of its own: another label, another time; the second one was played without a Grafana."""
+    home = home_of(tmp_path / "home", asked("frontier", copies=[4, 8, 16]))
+    play(home, "t1", {"4 copies": 0.02, "8 copies": 0.02})
+    play(home, "t2", {"16 copies": 0.02})
+    path = home / "parts" / "t1" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"grafana_url": "https://g.example/"}))
+    page = without_plotly(render_html(summarise(home)))
+    found = re.findall(r'<a href="([^"]+)" rel="noreferrer">([^<]+)</a>', page)
+    assert [title for _, title in found] == [board.title for board in dashboards.DASHBOARDS]
+    asked_of: dict[str, Any] = parse_qs(urlsplit(found[0][0].replace("&amp;", "&")).query)
+    assert asked_of["var-run"] == ["t1"]
+    first, last = (int(asked_of[end][0]) for end in ("from", "to"))
+    events = [event["wall_ns"] / 1e6 for event in read_events(home / "parts" / "t1") if "wall_ns" in event]
+    assert (first, last) == (pytest.approx(events[0] - 30_000, abs=1), pytest.approx(events[-1] + 30_000, abs=1))
+    assert "<p>4 copies, 8 copies: <a href" in page
+    assert re.search(r"16 copies: <code>/d/kilocopy-copies\?[^<]*var-run=t2", page)
+    assert page.count("<code>/d/") == 1
 
 
 def test_without_a_grafana_the_report_gives_the_paths(tmp_path: Path) -> None:
