@@ -7,9 +7,11 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from enum import Enum
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -143,6 +145,78 @@ def test_prometheus_can_read_every_query(tmp_path: Path) -> None:
     done = subprocess.run(["promtool", "check", "rules", str(tmp_path / "q.yaml")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(recorded)} rules found" in done.stdout
+
+
+def told(ours: Any, theirs: Any, at: str = "") -> list[str]:
+    """Where something that we say did not get into Grafana's models and out again: a key that they do not know is dropped."""
+    if isinstance(ours, dict):
+        return [said for key, value in ours.items() if value not in (None, {}, []) for said in told(value, theirs.get(key), f"{at}.{key}")]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return [said for index, (one, other) in enumerate(zip(ours, theirs, strict=True)) for said in told(one, other, f"{at}[{index}]")]
+    return [] if ours == theirs else [f"{at}: {ours!r} became {theirs!r}"]
+
+
+def not_allowed(thing: Any, at: str = "") -> Iterator[str]:
+    """Values that are none of those that Grafana's models list; the models themselves take any."""
+    if isinstance(thing, list):
+        for index, one in enumerate(thing):
+            yield from not_allowed(one, f"{at}[{index}]")
+    elif type(thing).__module__.startswith("grafana_foundation_sdk"):
+        hints = get_type_hints(type(thing))
+        for name, value in vars(thing).items():
+            hint = hints.get(name)
+            for kind in [hint, *get_args(hint)]:
+                if isinstance(kind, type) and issubclass(kind, Enum) and value is not None and value not in list(kind):
+                    yield f"{at}.{name}: {value!r} is none of {[each.value for each in kind]}"
+            if not isinstance(value, Enum):
+                yield from not_allowed(value, f"{at}.{name}")
+
+
+def grafanas(board: dict[str, Any]) -> Any:
+    """A dashboard as Grafana's own models (grafana-foundation-sdk) read it, panels by their kind, queries as Prometheus'."""
+    from grafana_foundation_sdk.cog import plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    return Dashboard.from_json(board)
+
+
+def written(board: Any) -> Any:
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+    return json.loads(JSONEncoder().encode(board))
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=[board["uid"] for board in BOARDS])
+def test_grafanas_own_models_know_every_key_and_value(board: dict[str, Any]) -> None:
+    from grafana_foundation_sdk.models import units
+
+    read = grafanas(board)
+    assert told(board, written(read)) == []
+    assert list(not_allowed(read)) == []
+    known = {value for name, value in vars(units).items() if not name.startswith("_")}
+    assert {panel["fieldConfig"]["defaults"]["unit"] for panel in board["panels"]} <= known
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        (("panels", 0, "options"), "graphMod", "area"),
+        (("panels", 0, "options"), "graphMode", "areas"),
+        (("panels", 6, "fieldConfig", "defaults", "custom"), "showPoints", "nevr"),
+        (("panels", 6, "targets", 0), "legend", "x"),
+        (("templating", "list", 1), "includeAl", True),
+        ((), "graphTooltip", 7),
+    ],
+)
+def test_grafanas_own_models_see_what_is_wrong(place: tuple[str | int, ...], key: str, value: Any) -> None:
+    wrong: Any = json.loads(json.dumps(BOARDS[0]))
+    at = wrong
+    for step in place:
+        at = at[step]
+    at[key] = value
+    read = grafanas(wrong)
+    assert told(wrong, written(read)) or list(not_allowed(read))
 
 
 def overlap(one: dict[str, int], other: dict[str, int]) -> bool:
