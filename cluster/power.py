@@ -119,18 +119,32 @@ def _packages(powercap: Path) -> Iterator[RaplMeter]:
             continue
 
 
+def node_ip() -> str:
+    """The address that Ray finds for this node, by which its metrics name it: that of the way out; of the host's name where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 53))  # as Ray does: over UDP this sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            pass
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
 class Page:
     """The metrics page: the last reading of each meter. One that cannot be read any more goes from the page, and is no zero."""
 
     def __init__(self, run: str) -> None:
-        self._run, self._node = run, socket.gethostname()
+        self._run, self._node, self._ip = run, socket.gethostname(), node_ip()
         self.last_j: dict[tuple[str, str], float] = {}  # by device and boundary
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """For prometheus_client."""
         family = CounterMetricFamily(ENERGY.name, ENERGY.help, labels=ENERGY.labels)
         for (device, boundary), energy_j in self.last_j.copy().items():
-            family.add_metric((self._run, device, boundary, self._node), energy_j)
+            family.add_metric((self._run, device, boundary, self._node, self._ip), energy_j)
         yield family
 
     def serve(self, run_dir: Path, process: str, host: str, port: int) -> None:

@@ -30,6 +30,8 @@ def environment(spec: Spec, checkout: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         # One try a replica: an engine that cannot start says so at once instead of three minutes later.
         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
+        # Serve says each second which replicas are healthy, not each 10 s: a gauge is on Ray's page only after it was told.
+        "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S": "1",
         "PYTHONPATH": checkout,
         **measured_environment(spec),
     }

@@ -30,7 +30,6 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RUN = 'cluster=~"$cluster",model=~"$model",run=~"$run"'
 MODEL = 'cluster=~"$cluster",model=~"$model"'
 SERVERS = 'cluster=~"$cluster",model_name=~"$model"'
-LLM_SERVERS = 'cluster=~"$cluster",deployment=~"LLMServer.*"'
 NODE = 'cluster=~"$cluster",ip=~"$node"'
 STAGE = f'{RUN},stage=~"$stage"'
 
@@ -151,9 +150,9 @@ REPLICAS = Dashboard(
         Panel("Prefix cache hits", "Of the prompt tokens looked up. Synthetic prompts should hit nothing but shared prefixes.", (
             (f"({HITS} or 0 * {LOOKED_UP}) / ({LOOKED_UP} > 0)", "{{ReplicaId}}"),
         ), "percentunit", width=6, high=1),
-        Panel("Replicas", "That report, and that Serve calls healthy.", (
-            (f"kilocopy:replicas{{{MODEL}}}", "report"),
-            (f"sum by (deployment) ({reported('ray_serve_deployment_replica_healthy', LLM_SERVERS)})", "healthy: {{deployment}}"),
+        Panel("Replicas", "As Serve says: a dead engine after three failed checks, 10 s apart. A dead one keeps its counters on the page.", (
+            (f"kilocopy:replicas{{{MODEL}}}", "healthy"),
+            (f"count by (model_name) (count by (model_name, ReplicaId) (ray_vllm_generation_tokens_total{{{SERVERS}}}))", "with counters"),
         ), width=6),
         Panel("Client and servers", "What the servers counted more than the client, of their tokens. Near 0 in a steady stage.", (
             (f"kilocopy:token_gap_fraction:rate5m{{{MODEL}}}", "gap"),), "percentunit", width=6, low=None),
@@ -170,7 +169,8 @@ REPLICAS = Dashboard(
     ),
 )  # fmt: skip
 
-METER = f"rate({m.ENERGY.sample}{{run=~\"$run\"}}[1m])"
+METERS = 'run=~"$run",ip=~"$node"'
+METER = f"rate({m.ENERGY.sample}{{{METERS}}}[1m])"
 HARDWARE = Dashboard(
     "kilocopy-hardware",
     "Hardware and energy",
@@ -183,7 +183,7 @@ HARDWARE = Dashboard(
         Panel("Power", "By each meter's own counter: GPUs (NVML), CPU packages (RAPL).", (
             (f"sum by (node, device, boundary) ({METER})", "{{node}} {{boundary}} {{device}}"),), "watt"),
         Panel("Energy in the time shown", "By each meter's own counter, without PUE.", (
-            (f'sum by (node, boundary) (increase({m.ENERGY.sample}{{run=~"$run"}}[$__range]))', "{{node}} {{boundary}}"),
+            (f"sum by (node, boundary) (increase({m.ENERGY.sample}{{{METERS}}}[$__range]))", "{{node}} {{boundary}}"),
         ), "joule", "bargauge", instant=True),
         Panel("Joules per token and page", "Facility energy.", (
             (f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "per output token"),

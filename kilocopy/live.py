@@ -126,7 +126,7 @@ def read_page(target: Target) -> bytes | None:
 
 def parse(page: bytes, target: Target) -> Iterator[tuple[str, Labels, float]]:
     """Name, labels and value of what the rules can ask for. Labels on the page stand before the target's (`honor_labels`)."""
-    ours = page if b"\nkilocopy_" in page else metrics.wanted(page)  # a node's page is about 1 MB: the rest is not parsed
+    ours = page if b"\nkilocopy_" in page else metrics.wanted(page, live=True)  # a node's page is about 1 MB: the rest is not parsed
     text = re.sub(r"^vllm:", "ray_vllm_", ours.decode("utf-8", "replace"), flags=re.MULTILINE)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

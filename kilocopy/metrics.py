@@ -23,13 +23,18 @@ COUNTERS = (
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 LABELS = ("ReplicaId", "replica", "NodeAddress", "node", "engine", "finished_reason", "model_name", "WorkerId")
 
+HEALTHY = "ray_serve_deployment_replica_healthy"  # by replica: 1, or 0; from Serve's controller, which outlives its replicas
+
 _LINE = re.compile(rb"^(?:ray_vllm_|vllm:)(" + "|".join(COUNTERS + GAUGES).encode() + rb")\{", re.MULTILINE)
 
 
-def wanted(page: bytes) -> bytes:
-    """The lines of a metrics page that are recorded; the rest is dropped before anything is parsed."""
+_SEEN = re.compile(_LINE.pattern + rb"|^" + HEALTHY.encode() + rb"\{", re.MULTILINE)
+
+
+def wanted(page: bytes, *, live: bool = False) -> bytes:
+    """The lines of a metrics page that are recorded, with `live` also what only the rules ask for; the rest is dropped before anything is parsed."""
     lines = []
-    for match in _LINE.finditer(page):
+    for match in (_SEEN if live else _LINE).finditer(page):
         end = page.find(b"\n", match.start())
         lines.append(page[match.start() : end if end >= 0 else len(page)])
     return b"\n".join(lines) + b"\n"
@@ -88,7 +93,7 @@ USD_PER_DEVICE_HOUR = Metric(
 USD_PER_KWH = Metric("kilocopy_electricity_usd_per_kwh", "gauge", "Price of electricity; absent where the rent includes it.")
 PUE = Metric("kilocopy_pue", "gauge", "Facility energy over IT energy.")
 SLO_QUANTILE = Metric("kilocopy_slo_quantile", "gauge", "Share of the streams that must hold the SLO.")
-ENERGY = Metric("kilocopy_energy_joules", "counter", "Energy by a meter's own counter.", ("run", "device", "boundary", "node"))
+ENERGY = Metric("kilocopy_energy_joules", "counter", "Energy by a meter's own counter.", ("run", "device", "boundary", "node", "ip"))
 
 DRIVER_METRICS = (
     REQUESTS, SENT, OUTPUT_TOKENS, PROMPT_TOKENS, OUTPUT_WORDS, EVENTS, SLO_JUDGED, SLO_ATTAINED, TTFT, ICL, E2E, SEND_LAG, LOOP_LAG,

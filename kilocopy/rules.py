@@ -1,10 +1,12 @@
 """Prometheus' recording and alert rules: from raw counters to copies, pages, joules and dollars per page, live.
 
 The same formulas as the report's (kilocopy/price.py), over the last minute instead of a steady window, so they are for watching; the
-report decides. Three rules of their own:
+report decides. Four rules of their own:
 
 - No data stays no data. A ratio over nothing is absent (`> 0`), a price lacks what it needs to be whole (owned hardware without a
   meter has no price of a page, and no zero), and a counter whose page is gone stops at once, instead of fading over a minute.
+- A replica that has died keeps its counters on Ray's page, and an engine's death leaves its replica's process: whether a replica
+  counts is Serve's to say, where Serve says it. Without Serve, those count whose page is there.
 - Servers' gauges vanish when idle: beside a living counter that is a zero, without one it is no data. They vanish between two reports
   as well, and that is no zero.
 - Requests are counted when they end, so the client's rates follow the servers' by a request's length.
@@ -95,6 +97,10 @@ ALL_BUT_CANCELLED = f'{m.REQUESTS.sample}{{outcome!="cancelled"}}'
 FAILED = f'{m.REQUESTS.sample}{{outcome!~"ok|cancelled"}}'
 
 
+# Ray's default is to say it each 10 s (1 s where kilocopy starts Ray), and a scrape can miss that: it holds for a minute.
+HEALTHY = f'''max by (cluster, ReplicaId) (label_replace(last_over_time({m.HEALTHY}{{deployment=~"LLMServer.*",replica!=""}}[{WINDOW}]), "ReplicaId", "$1", "replica", "(.+)"))'''
+ENGINES = f"count by (cluster, model_name, ReplicaId) ({TOKENS})"
+
 RULES = (
     # Copies and speed
     Rule("kilocopy:copies", by_run(m.IN_FLIGHT.sample), "copies", "Streams open now, at the driver."),
@@ -106,8 +112,11 @@ RULES = (
          ("cluster", "model")),
     Rule("kilocopy:kv_cache_fraction:max", f"{served(or_zero(KV, TOKENS), 'max')}", "0-1", "KV cache in use, of the fullest replica.",
          ("cluster", "model")),
-    Rule("kilocopy:replicas", served(f"count by (cluster, model_name, ReplicaId) ({TOKENS})", "count"), "replicas",
-         "Replicas whose engines report.", ("cluster", "model")),
+    Rule("kilocopy:replica_engines",
+         served(f"({ENGINES} and on (cluster, ReplicaId) ({HEALTHY} == 1)) or ({ENGINES} unless on (cluster) {HEALTHY})", "max", f"{MODEL}, ReplicaId"),
+         "engines", "Engines of each replica that Serve calls healthy; without Serve, of each that reports.", ("cluster", "model", "ReplicaId")),
+    Rule("kilocopy:replicas", f"count by ({MODEL}) (kilocopy:replica_engines) or 0 * {served(TOKENS, 'count')}", "replicas",
+         "Replicas that Serve calls healthy; without Serve, those that report. 0 where all are dead and their counters stay.", ("cluster", "model")),
     Rule("kilocopy:output_tokens_per_second:rate1m", by_run(rate(m.OUTPUT_TOKENS)), "tokens/s", "Output tokens of requests that ended."),
     Rule("kilocopy:server_tokens_per_second:rate1m", served(rate(TOKENS)), "tokens/s", "Output tokens by the engines' own counters.",
          ("cluster", "model")),
@@ -174,7 +183,7 @@ ALERTS = (
           f"kilocopy:slo_attained_fraction:rate1m < {by_run(m.SLO_QUANTILE.sample, 'max')}", "1m", "warning",
           "Only {{ $value | humanizePercentage }} of the streams of run {{ $labels.run }} hold the SLO."),
     Alert("KilocopyReplicaDown", "kilocopy:replicas < max_over_time(kilocopy:replicas[10m])", "15s", "critical",
-          "{{ $value }} replicas of {{ $labels.model }} report, and there were more in the last 10 minutes."),
+          "{{ $value }} replicas of {{ $labels.model }} are healthy, and there were more in the last 10 minutes."),
     Alert("KilocopyCountersDisagree", "abs(kilocopy:token_gap_fraction:rate5m) > 0.1", "5m", "warning",
           "Client and servers count tokens of {{ $labels.model }} {{ $value | humanizePercentage }} apart: another client, or lost tokens."),
     Alert("KilocopyIdlePaidFor",

@@ -62,7 +62,7 @@ def test_ray_and_vllm_read_every_variable_that_is_set(spec: str) -> None:
     variables = set(application.environment(one, "/there")) | set(application.replica_environment(one, "/model"))
     read = {
         "ray.serve._private.constants": {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_HAPROXY_MAXCONN",
-                                         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT", "RAY_SERVE_HAPROXY_BINARY_PATH", "RAY_SERVE_HAPROXY_METRICS_PORT",
+                                         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT", "RAY_SERVE_HAPROXY_BINARY_PATH", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S",
                                          "RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"},
         "ray.llm._internal.serve.constants": {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "RAYLLM_VLLM_ENGINE_CLS"},
         "ray._common.usage.usage_constants": {"RAY_USAGE_STATS_ENABLED"},

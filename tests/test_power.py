@@ -133,6 +133,17 @@ def test_a_bad_interval_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.startswith("--interval-s: must be")
 
 
+def test_the_page_names_the_node_as_ray_does(tmp_path: Path) -> None:
+    """The dashboards choose a node by the address in Ray's metrics: the meter's has to be the same one."""
+    from ray._raylet import node_ip_address_from_perspective
+
+    zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
+    page = power.Page("r1")
+    power.sample(power.meters(tmp_path, no_nvml()), records.Writer(tmp_path, "energy", "p"), page)
+    (family,) = page.collect()
+    assert [sample.labels["ip"] for sample in family.samples] == [node_ip_address_from_perspective()]
+
+
 def test_the_page_says_what_the_meters_said_and_drops_one_that_is_gone(tmp_path: Path) -> None:
     path = zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000) / "energy_uj"
     found, page = power.meters(tmp_path / "powercap", fake_nvml({"GPU-a": [1_500]})), power.Page("r1")

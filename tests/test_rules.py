@@ -86,9 +86,9 @@ def terminal(series: Series, wanted: Wanted, at: str, alerts: list[dict[str, Any
         group = live.RuleGroup(samples)
         for step in range(time_s // 5 + 1):
             for name, values in points.items():
-                if step < len(values) and values[step] is not None:
+                if step < len(values) and (value := values[step]) is not None:
                     metric, _, labels = name.removesuffix("}").partition("{")
-                    samples.add(metric, frozenset(re.findall(r'(\w+)="([^"]*)"', labels)), 5 * step, values[step])
+                    samples.add(metric, frozenset(re.findall(r'(\w+)="([^"]*)"', labels)), 5 * step, value)
             group.step(5 * step)
         assert group.failed == {}
         if time_s == seconds(at):
@@ -105,12 +105,14 @@ def seconds(duration: str) -> int:
     return sum(int(number) * {"s": 1, "m": 60}[unit] for number, unit in re.findall(r"(\d+)([sm])", duration))
 
 
-def expanded(notation: str) -> list[float]:
-    """promtool's short form of a series: `a+bxn` and `axn` are n + 1 values."""
-    values: list[float] = []
+def expanded(notation: str) -> list[float | None]:
+    """promtool's short form of a series: `a+bxn` and `axn` are n + 1 values, `_xn` is n without a value."""
+    values: list[float | None] = []
     for part in notation.split():
         if part == "stale":
             values.append(promql.STALE)
+        elif part.startswith("_x"):
+            values += [None] * int(part[2:])
         elif repeated := re.fullmatch(r"([\d.]+)(?:\+([\d.]+))?x(\d+)", part):
             values += [float(repeated[1]) + n * float(repeated[2] or 0) for n in range(int(repeated[3]) + 1)]
         else:
@@ -225,6 +227,31 @@ def test_servers_side_and_the_gap_to_the_client(tmp_path: Path) -> None:
     promtool(tmp_path, driver() | engines(), wanted)
 
 
+def healthy(replica: str, values: str) -> Series:
+    return {f'ray_serve_deployment_replica_healthy{{cluster="c",deployment="LLMServer:m",replica="{replica}"}}': values}
+
+
+def test_a_dead_replica_does_not_count_though_its_counters_stay(tmp_path: Path) -> None:
+    """As Ray's page has it: Serve says each 10 s what is healthy; b dies after 2 min, and c comes in its place at 3 min 30 s."""
+    up = "1 stale " * 12
+    late = {f'ray_vllm_generation_tokens_total{{{ENGINE}"c"}}': "_x41 0+5025x30"}
+    series = engines() | late | healthy("a", up * 3) | healthy("b", up + "0 stale") | healthy("c", "_x41 " + up)
+    series |= {'ray_serve_deployment_replica_healthy{cluster="c",deployment="LLMRouter",replica="r"}': up * 3}
+    of_one = [({**MODEL, "ReplicaId": "a"}, 1.0)]
+    down = fires("critical", MODEL, "1 replicas of m are healthy, and there were more in the last 10 minutes.")
+    for at, count, said in (("1m50s", 2, []), ("2m5s", 1, []), ("2m20s", 1, [down]), ("3m20s", 1, [down]), ("4m", 2, [])):
+        wanted: Wanted = {"kilocopy:replicas": [(MODEL, count)]} | ({"kilocopy:replica_engines": of_one} if count == 1 else {})
+        promtool(tmp_path, series, wanted, at=at, alerts=[alert("KilocopyReplicaDown", at, said)])
+    none = fires("critical", MODEL, "0 replicas of m are healthy, and there were more in the last 10 minutes.")
+    dead = engines() | healthy("a", up + "0 stale") | healthy("b", up + "0 stale")
+    promtool(tmp_path, dead, {"kilocopy:replicas": [(MODEL, 0)]}, at="2m30s", alerts=[alert("KilocopyReplicaDown", "2m30s", [none])])
+    # Another Ray's Serve says nothing of these, and a Serve that leaves the replica's name out says nothing of any.
+    elsewhere = {name.replace('cluster="c"', 'cluster="d"'): values for name, values in healthy("a", up).items()}
+    nameless = {'ray_serve_deployment_replica_healthy{cluster="c",deployment="LLMServer:m"}': up}
+    for silent in (elsewhere, nameless):
+        promtool(tmp_path, engines() | silent, {"kilocopy:replicas": [(MODEL, 2)]})
+
+
 def test_gauges_that_vanish_when_idle_are_zero_only_beside_a_living_counter(tmp_path: Path) -> None:
     gauges = ("kilocopy:server_copies", "kilocopy:server_waiting", "kilocopy:kv_cache_fraction:max")
     idle = {name: values for name, values in engines().items() if "generation" in name}
@@ -295,7 +322,7 @@ def test_alerts_of_slo_replicas_counters_and_idleness(tmp_path: Path) -> None:
     promtool(tmp_path, held, {}, alerts=[alert("KilocopySloBroken", "2m30s", [])])
 
     second = f'ray_vllm_generation_tokens_total{{{ENGINE}"b"}}'
-    down = fires("critical", MODEL, "1 replicas of m report, and there were more in the last 10 minutes.")
+    down = fires("critical", MODEL, "1 replicas of m are healthy, and there were more in the last 10 minutes.")
     promtool(tmp_path, engines() | {second: "0+5025x19 stale"}, {}, alerts=[alert("KilocopyReplicaDown", "2m30s", [down])])
     promtool(tmp_path, engines(), {}, alerts=[alert("KilocopyReplicaDown", "2m30s", [])])
 
