@@ -19,7 +19,6 @@ from kilocopy.problem import ProblemError
 from kilocopy.spec import Deploy, GpuReplica, Spec
 from kilocopy.tool import call, show
 
-PROMETHEUS_IMAGE, GRAFANA_IMAGE = "prom/prometheus:v3.14.0", "grafana/grafana:13.2.3"
 DCGM_IMAGE = "nvcr.io/nvidia/k8s/dcgm-exporter:4.6.0-4.8.3-distroless"
 PROMETHEUS, GRAFANA, DCGM = 9090, 3000, 9400
 MOUNTED_SPEC, STATE, RUNS = "/etc/kilocopy/spec.yaml", "/state", "/runs"
@@ -102,7 +101,7 @@ def _driver(deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
 
 def _prometheus() -> dict[str, Any]:
     return {
-        "image": PROMETHEUS_IMAGE,
+        "image": provision.IMAGES["prometheus"],
         "network_mode": "host",
         "command": [
             "--config.file=/watch/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus", f"--web.listen-address=127.0.0.1:{PROMETHEUS}",
@@ -114,7 +113,7 @@ def _prometheus() -> dict[str, Any]:
 def _grafana() -> dict[str, Any]:
     """Whoever is on this host looks, and nobody logs in."""
     return {
-        "image": GRAFANA_IMAGE,
+        "image": provision.IMAGES["grafana"],
         "network_mode": "host",
         "environment": [
             "GF_SERVER_HTTP_ADDR=127.0.0.1", f"GF_SERVER_HTTP_PORT={GRAFANA}", "GF_PATHS_PROVISIONING=/watch/grafana/provisioning",

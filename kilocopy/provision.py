@@ -34,6 +34,8 @@ from kilocopy.problem import ProblemError
 
 SOURCE_UID, SOURCE_NAME = dashboards.SOURCE_UID, "kilocopy Prometheus"
 FOLDER_UID, FOLDER_TITLE = "kilocopy", "kilocopy"
+# One place for every container of either; deploy/compose.yaml repeats them and a test holds it to that. docs/deploy.md says where they were looked up.
+IMAGES = {"prometheus": "prom/prometheus:v3.13.3", "grafana": "grafana/grafana:13.2.3"}
 INTERVAL_S = 2
 SERVERS_INTERVAL_S = 4  # a node's page is about 1 MB, and a busy one is slow to give it; three fit into the 15 s that rules look back
 REFRESH_S = 5  # how soon a run that begins is seen

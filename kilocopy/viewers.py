@@ -34,7 +34,6 @@ from kilocopy.problem import ProblemError
 
 STOP_S = 20.0
 PULL_S = 600.0  # an engine may have to fetch the images first
-IMAGES = {"prometheus": "prom/prometheus:v3.5.0", "grafana": "grafana/grafana:12.2.0"}
 SECRET = "GF_SECURITY_ADMIN_PASSWORD"  # noqa: S105  a name
 PROMETHEUS_MIN = (2, 26)  # last_over_time
 GRAFANA_MIN = (10, 0)  # the dashboards' schema
@@ -163,8 +162,8 @@ def compose_document(place: Place, settings: Mapping[str, str]) -> dict[str, Any
     shown = {name: value for name, value in settings.items() if name != SECRET}
     return {
         "services": {
-            "prometheus": {"image": IMAGES["prometheus"], "command": prometheus_options(place), **common},
-            "grafana": {"image": IMAGES["grafana"], "environment": {**shown, SECRET: None}, **common},
+            "prometheus": {"image": provision.IMAGES["prometheus"], "command": prometheus_options(place), **common},
+            "grafana": {"image": provision.IMAGES["grafana"], "environment": {**shown, SECRET: None}, **common},
         }
     }
 

@@ -136,6 +136,15 @@ def test_compose_sees_what_was_rendered_and_nobody_else_sees_it(tmp_path: Path) 
         assert f"{tmp_path}/watched:{tmp_path}/watched:ro" in service["volumes"]
 
 
+def test_every_container_of_prometheus_and_grafana_is_of_one_version() -> None:
+    """`provision.IMAGES` owns the tags; whatever else names such an image, in code, YAML or a document, says the same."""
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    texts = [(ROOT / name).read_text(errors="ignore") for name in listed if name.endswith((".py", ".yaml", ".md", ".sh")) and (ROOT / name).exists()]
+    named = {found for text in texts for found in re.findall(r"\b(?:prom/prometheus|grafana/grafana(?:-oss)?):[\w.-]+", text)}
+    assert named == set(provision.IMAGES.values())
+    assert {service["image"] for service in YAML(typ="safe").load(COMPOSE.read_text())["services"].values()} == set(provision.IMAGES.values())
+
+
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not installed (Debian's package docker-compose)")
 def test_compose_takes_the_file(tmp_path: Path) -> None:
     """Its own check against the schema; it needs no engine."""
