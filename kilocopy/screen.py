@@ -6,9 +6,10 @@ no data says so.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,9 +26,10 @@ NO_DATA = "no data"
 LABEL, WORDS = 10, 44  # columns of the upper part; its lines have the rest
 COLUMN_S = 2.5  # of a line, at least: a picture comes each 2 s
 LINE_S_MAX = 600.0
+HOLD_S = 6.0  # a picture that came late is no gap
 MINUTE_S = 60.0  # rules.WINDOW
 KEPT_UP, LIMITED = (dashboards.panel("kilocopy-driver", "Verdict").words[value][0] for value in ("0", "1"))
-FIXED_ROWS = 15  # everything above the rows of replicas and workers
+FIXED_ROWS = 14  # everything above the rows of replicas and workers but what is wrong, a line each
 SEVERITY = {"critical": "red", "warning": "yellow", "info": "blue"}
 
 
@@ -73,8 +75,9 @@ class Screen:
         room = max(0, width - LABEL - WORDS - 3)
         for label, said, rule in self._quantities():
             upper.add_row(label, said, self.line(rule, room) if rule else "")
-        below = max(1, height - FIXED_ROWS - len(self.addresses))
-        parts: list[RenderableType] = [self._head(width, ended), self._where(ended), self._health(), *map(Text, self.addresses), upper]
+        wrong = self._health()
+        below = max(1, height - FIXED_ROWS - len(wrong) - len(self.addresses))
+        parts: list[RenderableType] = [self._head(width, ended), self._where(ended), *wrong, *map(Text, self.addresses), upper]
         return Group(*parts, self._note(), self._tables(below))
 
     def _note(self) -> Text:
@@ -88,7 +91,7 @@ class Screen:
         """How it stands, in one line: for where there is no terminal."""
         now = self.stage()
         where = f"stage {int(now['stage']) + 1}/{len(self.run.spec.stages)} {now['phase']}" if now else "between stages"
-        return "  ".join([where, *(f"{label}: {said}" for label, said, _ in self._quantities()), self._health().plain])
+        return "  ".join([where, *(f"{label}: {said}" for label, said, _ in self._quantities()), *(line.plain for line in self._health())])
 
     def _head(self, width: int, ended: str | None) -> Text:
         spec = self.run.spec
@@ -111,21 +114,20 @@ class Screen:
             parts += [f"{_minutes(left_s)} left of {what}"] if left_s is not None else []
         return Text("   ".join(parts))
 
-    def _health(self) -> Text:
-        """The driver in the words of the dashboard's verdict, then what else is wrong."""
+    def _health(self) -> list[Text]:
+        """The driver in the words of the dashboard's verdict, then what else is wrong, a line each."""
         firing = {alert.name: alert for alert in self.live.group.alerts if alert.fires}
         if self.value("kilocopy:copies") is None:
-            said = Text(f"driver: {NO_DATA}", style="dim")
+            said = [Text(f"driver: {NO_DATA}", style="dim")]
         elif dashboards.LIMITED in firing:
-            said = Text(firing[dashboards.LIMITED].said, style="red")
+            said = [Text(firing[dashboards.LIMITED].said, style="red")]
         else:
-            said = Text(f"{KEPT_UP}.", style="green")
-        for name, alert in firing.items():
-            if name != dashboards.LIMITED:
-                said.append("  ").append(alert.said, style=SEVERITY[alert.severity])
-        for rule, why in self.live.group.failed.items():
-            said.append(f"  {rule}: {why}", style="red")
-        said.no_wrap, said.overflow = True, "ellipsis"
+            said = [Text(f"{KEPT_UP}.", style="green")]
+        said += [Text(alert.said.replace(f" of run {self.run.id}", ""), style=SEVERITY[alert.severity])
+                 for name, alert in firing.items() if name != dashboards.LIMITED]  # fmt: skip
+        said += [Text(f"{rule}: {why}", style="red") for rule, why in self.live.group.failed.items()]
+        for line in said:
+            line.no_wrap, line.overflow = True, "ellipsis"
         return said
 
     def _quantities(self) -> list[tuple[str, str, str]]:
@@ -191,13 +193,14 @@ class Screen:
             return ""
         times_s, values = series[0]
         room = min(room, int(LINE_S_MAX / COLUMN_S))
-        span_s = min(max(times_s[-1] - times_s[0], room * COLUMN_S), LINE_S_MAX)
-        column_s, columns = span_s / room, [math.nan] * room
+        column_s = min(max(times_s[-1] - times_s[0], room * COLUMN_S), LINE_S_MAX) / room
         first_s = self.live.begun_s + (MINUTE_S if "rate1m" in rule else 0)  # before that a rate is only on its way up
-        for time_s, value in zip(times_s, values, strict=True):
-            at = room - 1 - math.floor((self.live.time_s - time_s) / column_s)
-            if time_s >= first_s and 0 <= at < room:
-                columns[at] = value
+        columns = []
+        for column in range(room):  # each shows the last value that it knew when it ended
+            end_s = self.live.time_s - (room - 1 - column) * column_s
+            last = bisect.bisect_right(times_s, end_s) - 1
+            known = last >= 0 and times_s[last] >= max(first_s, end_s - max(column_s, HOLD_S))
+            columns.append(values[last] if known else math.nan)
         return bars(columns)
 
     def _tables(self, below: int) -> Table:
@@ -217,17 +220,20 @@ class Screen:
             return Text("replicas: no metrics page of the servers\nis known (--metrics)", style="dim")
         asked = {"run": "Running", "wait": "Waiting", "KV": "KV cache", "tokens/s": "Tokens/s"}
         columns = {head: self.rows("kilocopy-replicas", title, "ReplicaId") for head, title in asked.items()}
-        written = {"run": _whole, "wait": _whole, "KV": percent, "tokens/s": number}
+        written = {"run": _whole, "wait": _whole, "KV": _share, "tokens/s": number}
         # An engine's gauges vanish when idle: where its counter lives, that is a zero (rules.or_zero).
         columns = {
             head: found if head == "tokens/s" else dict.fromkeys(columns["tokens/s"], 0.0) | found for head, found in columns.items()
         }
-        return _table("replica", columns, written, below)
+        # One that died leaves its counters on Ray's page, and would look idle.
+        healthy = {dict(labels)["ReplicaId"] for labels in self.live.ask("kilocopy:replica_engines") if self._ours(dict(labels))}
+        down = set(columns["tokens/s"]) - healthy if self.value("kilocopy:replicas") is not None else set()
+        return _table("replica", columns, written, below, down)
 
     def _workers(self, below: int) -> Table:
         rules = {"CPU": "driver_cpu_fraction:rate1m", "lag": "driver_loop_lag_seconds:p99", "events/s": "driver_events_per_second:rate1m"}
         columns = {"copies": self._by_worker(m.IN_FLIGHT.sample)} | {head: self._by_worker(f"kilocopy:{rule}") for head, rule in rules.items()}
-        return _table("worker", columns, {"copies": _whole, "CPU": percent, "lag": seconds, "events/s": number}, below)
+        return _table("worker", columns, {"copies": _whole, "CPU": _share, "lag": seconds, "events/s": number}, below)
 
     def _by_worker(self, name: str) -> dict[str, float]:
         return {dict(labels)["worker"]: value for labels, value in self.live.ask(name).items() if self._ours(dict(labels))}
@@ -239,17 +245,22 @@ def bars(values: Sequence[float]) -> str:
     return "".join(" " if not math.isfinite(v) else BARS[min(7, int(8 * v / top))] if top > 0 and v > 0 else BARS[0] for v in values)
 
 
-def _table(head: str, columns: dict[str, dict[str, float]], written: Mapping[str, Callable[[float], str]], below: int) -> Table:
-    """A row for each that any column knows, as many as there is room for."""
+def _table(
+    head: str, columns: dict[str, dict[str, float]], written: Mapping[str, Callable[[float], str]], below: int, down: Collection[str] = ()
+) -> Table:
+    """A row for each that any column knows, as many as there is room for; the last are those that are `down`."""
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     table.add_column(head, no_wrap=True, overflow="ellipsis")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    known = sorted({row for column in columns.values() for row in column}, key=lambda row: (len(row), row))
+    known = sorted({row for column in columns.values() for row in column}, key=lambda row: (row in down, len(row), row))
     if not known:
         table.add_row(NO_DATA, style="dim")
     shown = known if len(known) <= below else known[: below - 1]
     for row in shown:
+        if row in down:
+            table.add_row(row, *[""] * (len(columns) - 1), "down", style="red")
+            continue
         cells = [written[name](column[row]) if row in column else "–" for name, column in columns.items()]
         table.add_row(row, *cells)
     if len(shown) < len(known):
@@ -259,6 +270,11 @@ def _table(head: str, columns: dict[str, dict[str, float]], written: Mapping[str
 
 def _whole(value: float | None) -> str:
     return NO_DATA if value is None else f"{value:,.0f}"
+
+
+def _share(value: float) -> str:
+    """A share in whole per cent: there is no room for more."""
+    return f"{100 * value:.0f} %"
 
 
 def _waiting(value: float | None) -> list[str]:

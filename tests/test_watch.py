@@ -37,6 +37,7 @@ from loadtests.exporter import Exporter, write_file_sd
 from tests.test_driver import open_spec
 
 ENGINE = 'ray_vllm_{}{{ReplicaId="{}",WorkerId="w",engine="0",model_name="m"}} {}\n'
+HEALTHY = 'ray_serve_deployment_replica_healthy{{deployment="LLMServer:m",replica="{}"}} {}\n'
 
 
 class Pages:
@@ -120,6 +121,8 @@ def test_the_terminal_says_what_pages_and_rules_say(tmp_path: Path, pages: Pages
         driven.step()
         engines = "".join(ENGINE.format("generation_tokens_total", replica, 400 * step).replace('"m"', f'"{run.spec.model.id}"') for replica in "ab")
         engines += ENGINE.format("num_requests_running", "a", 3.0).replace('"m"', f'"{run.spec.model.id}"')
+        engines += ENGINE.format("generation_tokens_total", "dead", 4000).replace('"m"', f'"{run.spec.model.id}"')
+        engines += "".join(HEALTHY.format(replica, int(replica != "dead")) for replica in ("a", "b", "dead"))
         pages.pages["/engines"] = engines.encode()
         live.step(1000.0 + 2 * step)
     lines = shown(screen)
@@ -138,7 +141,9 @@ def test_the_terminal_says_what_pages_and_rules_say(tmp_path: Path, pages: Pages
     assert "none of 800 requests" in text
     assert re.search(r"^a +3 +0 +0 % +200", text, re.MULTILINE), text
     assert re.search(r"^b +0 +0 +0 % +200", text, re.MULTILINE), text
+    assert re.search(r"^dead +down", text, re.MULTILINE), text
     assert re.search(r"\b0 +4 +25 % +495 µs +400 *$", text, re.MULTILINE), text
+    assert "…" not in text  # every heading has its room
     assert max(map(len, shown(screen, 160, 50))) > 100  # the lines grow with the screen
     driven.exporter.close()
 
@@ -163,6 +168,19 @@ def test_no_data_is_no_data_and_a_page_that_is_gone_leaves_no_figure(tmp_path: P
     live.back()  # what it was before the page was gone
     assert "4 in flight" in "\n".join(shown(screen, ended="complete"))
     driven.exporter.close()
+
+
+def test_a_line_has_no_hole_where_a_picture_came_late(tmp_path: Path) -> None:
+    run = Ongoing(begun(tmp_path))
+    live = Live(run.run_dir)
+    live.begun_s, labels = 1000.0, frozenset({"cluster": run.spec.name, "model": run.spec.model.id, "run": run.id}.items())
+    for at_s in (0, 2, 4, 9, 11, 13, 30, 32, 34, 36):  # once 5 s late; then nothing for 17 s
+        live.samples.add("kilocopy:copies", labels, 1000.0 + at_s, 4.0, 660.0)
+    live.time_s = 1036.0
+    line = Screen(live, run).line("kilocopy:copies", 16)
+    assert len(line) == 16
+    assert line.strip() == "█" * 8 + " " * 4 + "█" * 3, line
+    live.close()
 
 
 def test_a_line_keeps_gaps_and_ends_at_its_largest() -> None:
