@@ -16,7 +16,7 @@ from kilocopy.records import write_json
 from kilocopy.references import REFERENCES
 from kilocopy.summary import Cost, Percentiles, Stage
 
-BESIDE = ("Llama 3.1 8B, running", "GPT-3, a page", "Rule of thumb of 2020")
+BESIDE = ("Llama 3.1 8B, running", "InferenceX, per GPU", "GPT-3, a page", "Rule of thumb of 2020")
 HEADS = (
     "part", "copies", "verdict", "tokens/s", "95 %", "per copy", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms", "J/token", "Wh/page", "$/page",
     "serving tax", "window, s",

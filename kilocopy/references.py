@@ -50,6 +50,12 @@ REFERENCES = (
         source=_ML_ENERGY,
     ),
     Reference(
+        name="InferenceX, per GPU",
+        figure="about 10,000 tokens/s a GPU at 50 tokens/s a user, 15 times an H200",
+        conditions="GB200 NVL72, DeepSeek-R1, 8K tokens in and 1K out; another model and another load than here; whether prompt tokens count is not stated",
+        source="SemiAnalysis InferenceMAX v1 (now InferenceX), October 2025, as shown in NVIDIA's technical blog on it, figure 1",
+    ),
+    Reference(
         name="US industrial electricity",
         figure="$0.0861/kWh",
         conditions="mean of 2025",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gpu import engines, plan, session, table
@@ -179,6 +180,65 @@ def test_without_a_gpu_the_meter_is_absent_and_the_harness_is_refused(engine: En
     assert "no NVIDIA GPU is seen by NVML here; --rehearse" in capsys.readouterr().err
 
 
+HARNESS = """
+import contextlib, subprocess, sys, time
+from pathlib import Path
+from gpu import engines, session
+from gpu.__main__ import main
+from tests import synthetic
+
+out, hold = Path(sys.argv[1]), len(sys.argv) > 2
+
+
+class Engine:
+    def play(self, spec, workers):
+        with (out / "played").open("a") as file:
+            file.write(spec.name + "\\n")
+        run_dir = out / "runs" / f"{time.time_ns()}_{spec.name}"
+        if hold and spec.name == "gpu-8b-16":
+            synthetic.Run(run_dir, synthetic.spec((16,))).event("stage_start", 0, stage=0, level=0, workers=1)
+            child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+            (out / "child").write_text(str(child.pid))
+            time.sleep(600)
+        return synthetic.ideal(run_dir, synthetic.spec([stage.copies for stage in spec.stages]))
+
+
+@contextlib.contextmanager
+def start(*_):
+    yield Engine()
+
+
+engines.served = engines.bare = start
+session.prepare, session.untrained = lambda spec: None, lambda spec: False
+sys.exit(main(["--rehearse", "--out", str(out)]))
+"""
+
+
+def test_kill_9_in_the_middle_and_a_second_call_goes_on(tmp_path: Path) -> None:
+    """The whole harness but its engines, in processes of their own: what was done stays, what it had started is ended, the rest is played."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", HARNESS, str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([*command, "hold"], env=environment)
+    deadline_s = time.monotonic() + 60
+    while not (out / "child").exists() or not (out / "child").read_text():
+        assert first.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    child = psutil.Process(int((out / "child").read_text()))
+    assert child.is_running()
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "8b-1: measured already" in second.stderr
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert (out / "played").read_text().split() == ["gpu-8b-1", "gpu-8b-16", "gpu-8b-16", "gpu-bare-1", "gpu-bare-16", "gpu-demo2-8"]
+    said = json.loads((out / "results.json").read_text())
+    assert sorted(row["part"] for row in said["rows"]) == ["8b-1", "8b-16", "bare-1", "bare-16", "demo2-8"]
+    assert len(said["unfinished_runs"]) == 1
+
+
 def test_two_harnesses_do_not_share_a_folder_and_what_a_killed_one_left_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KILOCOPY_STATE", "")  # so that what `alone` sets is undone
     monkeypatch.setenv(session.MARK, "")
@@ -254,6 +314,7 @@ def test_the_table_marks_what_is_assumed_missing_or_not_measured(tmp_path: Path)
     assert "runs/cut: cut off" in text
     assert "0.455 J/token at batch 8" in text
     assert "0.4 kWh for 100 pages" in text
+    assert "| InferenceX, per GPU | about 10,000 tokens/s a GPU at 50 tokens/s a user" in text
     assert "Not checked." in text
     assert "NVIDIA H100" in text
     assert said["rows"][0]["pages_source"] == "assumed"
