@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench import __main__ as bench_main
 from bench import clients, crosscheck
 from bench.levels import Level, honest_streams
 from bench.truth import Schedule, build, server
@@ -131,3 +132,29 @@ def test_vllms_detailed_result_is_counted_in_the_same_window() -> None:
     assert seen["tokens_per_s"] == pytest.approx(sum(0.3 - 1e-9 <= at < 1.1 for at in inside) / 0.8)
     assert seen["ttft_p50_s"] == pytest.approx(0.2)
     assert seen["tpot_p50_s"] == pytest.approx(0.1)
+
+
+@needs_compiler
+def test_a_void_level_is_played_again_and_every_try_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def client(running: Any, schedule: Any, streams: int, window_s: float, core: Any) -> Level:
+        asked.append(streams)
+        return level(streams, server_late_p99_s=0.0001 if len(asked) % 2 == 0 else 0.003, server_waited_s=0.5)
+
+    monkeypatch.setattr(clients, "settle", lambda: None)
+    found = bench_main.play("x", client, [50], Schedule(), 1, tries=3)
+    assert asked == [50, 50]
+    assert [one.void for one in found] == [False]
+    assert "others had its core for 0.50 s" in capsys.readouterr().out.replace("\n", " ")
+    assert [one.void for one in bench_main.play("x", client, [50], Schedule(), 1, tries=1)] == [True]
+
+
+@needs_compiler
+def test_the_server_says_what_it_did_with_its_time() -> None:
+    with server(Schedule(0.001, 0.001, 5)) as running:
+        running.reset()
+        time.sleep(0.05)
+        truth = running.truth()
+    assert 0 <= truth["busy_s"] < truth["seconds"]
+    assert truth["waited_s"] >= 0
