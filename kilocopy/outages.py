@@ -22,7 +22,7 @@ from kilocopy.windows import Span
 TOGETHER_S = 20.0  # losses this close are one outage: a node takes its replicas along, and Serve notices one after the other
 NOTICED_S = 60.0
 SILENT_S = 5.0  # a page that was last read so long before the others' last was lost
-BEFORE_S = 10.0  # the rate before is the mean over this long
+BEFORE_S = 30.0  # the rate before is the median of the seconds of this long: what a busy host swallows now and then is not in it
 BEFORE_S_MIN = 3
 BACK_FRACTION = 0.9  # of the rate before, for BACK_S in the mean, is recovered
 BACK_S = 3
@@ -99,7 +99,7 @@ def _outage(streams: Streams, span: Span, stop_s: float, loss: Loss, at_s: float
     # The second in which it began holds some of both.
     before = arrived[(from_s + 1 <= at_s) & (from_s >= at_s - BEFORE_S - 1)]
     after_s, after = from_s[from_s + 1 > at_s], arrived[from_s + 1 > at_s]
-    usual = float(before.mean()) if len(before) >= BEFORE_S_MIN else None
+    usual = float(np.median(before)) if len(before) >= BEFORE_S_MIN else None
     lowest = float(after.min()) if len(after) else None
     depth = None if usual is None or lowest is None or not usual else max(0.0, 1 - lowest / usual)
     recovered_s = None

@@ -268,7 +268,7 @@ class Outage(Frozen):
     at_s: float  # the first failure, else when it was noticed
     noticed_s: float
     replicas_lost: int
-    before_tokens_per_s: float | None  # mean of 10 s; null where the stage had run under 3 s
+    before_tokens_per_s: float | None  # median of the seconds of up to 30 s; null where the stage had run under 3 s
     lowest_tokens_per_s: float | None  # the worst second
     depth_fraction: float | None
     recovered_after_s: float | None  # until 90 % of the rate before, in the mean of 3 s; null: not while the stage asked
