@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from kilocopy import replicas
-from kilocopy.recording import Floats, Samples
+from kilocopy.recording import Floats, Recording, Samples
 from kilocopy.spec import GpuReplica, Spec
 from kilocopy.summary import Balance, NodeShare, Reason, Stage
 
@@ -56,10 +57,12 @@ def node_of(target: str, labels: Mapping[str, str]) -> str:
     return labels.get("NodeAddress") or target.rpartition(":")[0] or target
 
 
-def fleet(server: Samples) -> Fleet:
-    """The samples sorted by replica, in one pass."""
+def fleet(server: Samples, lost_s: Mapping[str, float] = MappingProxyType({})) -> Fleet:
+    """The samples sorted by replica, in one pass. `lost_s`: when replicas died; Ray's pages go on showing their last values, which are left out."""
     known = np.isin(server.name, [RUNNING, WAITING, TOKENS])
     who = replicas.names(server)
+    for replica, at_s in lost_s.items():
+        known &= (who != replica) | (server.time_s <= at_s)
     pages = {str(target): np.unique(server.time_s[server.target == target]) for target in set(server.target.tolist())}
     found: dict[str, Seen] = {}
     for replica, rows in _groups(who, np.flatnonzero(known)):
@@ -165,9 +168,10 @@ def balance(spec: Spec, stage: Stage, seen: Fleet) -> Balance | None:
     )  # fmt: skip
 
 
-def counted(spec: Spec, stages: Sequence[Stage], server: Samples) -> list[Stage]:
+def counted(spec: Spec, stages: Sequence[Stage], recording: Recording) -> list[Stage]:
     """The stages with their nodes and the router's balance; where it was off, a note of the verdict says so."""
-    seen, found = fleet(server), []
+    lost_s = {str(event["replica"]): float(event["t_s"]) for event in recording.events if event["event"] == "replica_lost"}
+    seen, found = fleet(recording.server, lost_s), []
     for stage in stages:
         even = balance(spec, stage, seen)
         notes = [Reason(code="router-unbalanced", sentence=even.sentence)] if even is not None and even.off else []

@@ -67,7 +67,7 @@ def _measured(run_dir: Path, manifest: dict[str, Any]) -> Measured:
     spec = _spec(run_dir, manifest)
     recorded = recording.load(run_dir)
     found = [span for span in windows.spans(recorded.events) if 0 <= span.index < len(spec.stages)]
-    stages = nodes.counted(spec, [_stage(spec, recorded, span, manifest) for span in found], recorded.server)
+    stages = nodes.counted(spec, [_stage(spec, recorded, span, manifest) for span in found], recorded)
     return Measured(manifest, spec, recorded, found, stages)
 
 

@@ -25,12 +25,13 @@ Reading = tuple[float, list[tuple[str, str, str, float]]]  # when, and each samp
 
 def nodes(state: Mapping[str, Any], spec: Spec, seconds: float) -> dict[str, Any]:
     """`nodes`: a row per node that serves; `balance`: a sentence; `unread`: pages that did not answer. Waits `seconds` where something runs."""
-    first, unread = _read(state["metrics"])
+    alive = {str(one["replica"]) for one in state.get("fleet", ()) if one["state"] == "RUNNING"}  # Ray's pages go on showing the dead
+    first, unread = _read(state["metrics"], alive)
     running = sum(value for _, _, name, value in first[1] if name == "num_requests_running")
     second = first
     if running and seconds > 0:
         time.sleep(seconds)
-        second, unread = _read(state["metrics"])
+        second, unread = _read(state["metrics"], alive)
     rows = [_row(node, state, spec, first, second) for node in sorted(_names(state, second))]
     assumed = spec.page.words_per_token.value if spec.page.words_per_token else WORDS_PER_TOKEN
     return {
@@ -38,14 +39,14 @@ def nodes(state: Mapping[str, Any], spec: Spec, seconds: float) -> dict[str, Any
     }  # fmt: skip
 
 
-def _read(pages: Sequence[str]) -> tuple[Reading, list[str]]:
+def _read(pages: Sequence[str], alive: set[str]) -> tuple[Reading, list[str]]:
     found: list[tuple[str, str, str, float]] = []
     unread = []
     with ThreadPoolExecutor(16) as pool:
         asked = {page: pool.submit(read_page, page) for page in pages}
     for page, future in asked.items():
         try:
-            found += _told(page, future.result()[1])
+            found += [sample for sample in _told(page, future.result()[1]) if sample[1] in alive]
         except (OSError, ValueError, HTTPException):
             unread.append(page)
     return (time.monotonic(), found), unread

@@ -60,6 +60,23 @@ def test_the_balance_is_held_against_its_stated_bound(tmp_path: Path) -> None:
     assert "router-unbalanced" in [note.code for note in off.verdict.notes]
 
 
+def test_what_ray_s_page_goes_on_saying_of_a_dead_replica_is_left_out(tmp_path: Path) -> None:
+    """r2 died at 6 s; its node's page keeps its last values to the end."""
+    run = Run(tmp_path, spec())
+    run.event("run_start", 0)
+    settled_s = run.stage()
+    for second in range(int(settled_s) + 2):
+        scrape(run, second, "r1", 10 * second, 1)
+        scrape(run, second, "r2", 10 * min(second, 6), 1)
+    run.event("replica_lost", 6.5, replica="r2", node=NODES["r2"])
+    (stage,) = summarise(run.end(settled_s + 1)).stages
+    (node,) = stage.nodes
+    assert stage.window is not None
+    share = sum(stage.window.start_s <= second <= 6 for second in range(40)) / sum(stage.window.start_s <= second <= stage.window.end_s for second in range(40))
+    assert node.copies == pytest.approx(1 + share)
+    assert stage.balance is None  # only one was there all the time
+
+
 def dying(path: Path, *, recovers: bool, told: bool = True) -> Summary:
     """Four copies on two nodes for 40 s. At 15.5 s node 2 dies with r3: its two copies' streams break, and nothing answers them for 6 s, or ever."""
     run = Run(path, spec(stages=[{"arrival": "closed", "copies": 4, "duration_s": 38, "warmup_s": 1, "ramp_s": 1}]))
