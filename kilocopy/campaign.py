@@ -89,6 +89,8 @@ def _perform(
     workers: int,
 ) -> Path:
     servings = experiment.plan(spec)
+    if again != "none" and resume is None:
+        raise ProblemError(f"--again {again}: goes with --resume RUN, the experiment whose levels are to be played again")
     verifier.check(spec)
     for one in servings:
         for block in one.blocks:

@@ -68,12 +68,14 @@ def run_command(
         if loaded.experiment is not None:
             summary = campaign.perform(loaded, runs, resume=resume, again=again, web=web, keep=keep, quiet=as_json, workers=workers)
         else:
-            _no_experiment(resume)
+            _no_experiment(resume, again)
             summary = run.run(loaded, runs, web=web, keep=keep, quiet=as_json, workers=workers)
     _finish(summary, as_json)
 
 
-def _no_experiment(resume: Path | None) -> None:
+def _no_experiment(resume: Path | None, again: AgainLevels) -> None:
+    if again != "none":
+        raise ProblemError(f"--again {again}: goes with --resume and a spec that has an experiment; the stages of an ordinary run are played anew")
     if resume is not None:
         raise ProblemError(f"--resume {resume}: goes with a spec that has an experiment; the stages of an ordinary run are played anew")
 
@@ -200,7 +202,7 @@ def drive(
             loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers, quiet=as_json, resume=resume, again=again
         )
         return _finish(summary, as_json)
-    _no_experiment(resume)
+    _no_experiment(resume, again)
     run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers)
     return _finish(run.report(run_dir, quiet=as_json), as_json)
 

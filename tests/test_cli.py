@@ -71,6 +71,20 @@ def test_a_spec_with_a_mistake_stops_before_anything_starts(tmp_path: Path) -> N
     assert not (tmp_path / "state").exists()
 
 
+def test_an_experiments_mistakes_stop_before_anything_starts(tmp_path: Path) -> None:
+    path = spec_file(tmp_path)
+    assert "--again void: goes with --resume and a spec that has an experiment" in refused(kilocopy("run", path, "--again", "void", cwd=tmp_path))
+    yaml = YAML()
+    tree = yaml.load(path.read_text())
+    del tree["stages"]
+    tree["experiment"] = {"kind": "best_of_n", "samples": [1, 2], "sequences": 4, "verifier": {"command": ["no-such-grader"]}}
+    with path.open("w") as file:
+        yaml.dump(tree, file)
+    assert "'no-such-grader' is no program that can be started" in refused(kilocopy("run", path, cwd=tmp_path))
+    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_model_directory_without_config_is_refused(tmp_path: Path) -> None:
     path = spec_file(tmp_path)
     (tmp_path / "model" / "config.json").unlink()
