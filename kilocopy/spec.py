@@ -796,7 +796,7 @@ class DriverSize(Strict):
     """The Locust workers: how many streams one of them reads, and what it takes."""
 
     streams_per_worker: Count = Field(
-        default=1000, description="Streams that one driver process reads honestly at 50 tokens/s each (docs/benchmark.md); `make bench` measures yours."
+        default=800, description="Streams that one driver process reads honestly at 50 tokens/s each, p99 too (docs/measurements.md); `make bench` measures yours."
     )
     workers: Count | None = Field(default=None, description="So many workers, whatever the stages ask; none works it out from streams_per_worker.")
     cpus: Positive = 1

@@ -165,9 +165,9 @@ def test_placement() -> None:
         changed["cluster"] |= cluster
         return placement.place(Spec.model_validate(changed))
 
-    assert placed("h100") == placement.Placement(1, 1, 8, 8, 16, 0, 9)
+    assert placed("h100") == placement.Placement(1, 1, 8, 8, 16, 0, 11)
     assert placed("l4") == placement.Placement(1, 1, 4, 1, 8, 0, 1)
-    assert placed("405b") == placement.Placement(4, 2, 1, 4, 5, 0, 9)
+    assert placed("405b") == placement.Placement(4, 2, 1, 4, 5, 0, 11)
     assert placed("cpu") == placement.Placement(1, 1, 2, 0, 4, 0, 1)
     # 9 replicas on nodes of 8: two of 5, one GPU idle
     assert placed("h100", replicas=9) == placement.Placement(2, 1, 5, 5, 10, 1, 9)
