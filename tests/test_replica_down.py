@@ -50,7 +50,9 @@ def until(done: Callable[[], Any], what: str, limit_s: float = 90.0) -> Any:
 def state(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """Two replicas, served; what `kilocopy status` says of them."""
     tree = synthetic.spec((2,)) | {"name": "down", "page": {"words": 500, "words_per_token": synthetic.quoted(0.75)}}
+    tree["model"] |= {"source": str(tmp_path)}  # it has to be there, and nothing of it is read
     tree["cluster"] = {"replicas": 2, "port": free_port(), "hardware": {"kind": "cpu", "cpus_per_replica": 0.5}, "simulated_engine": {"step_s": 0.005}}
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "spec.yaml").write_text(json.dumps(tree))  # JSON is YAML
     environment = os.environ | {"KILOCOPY_STATE": str(tmp_path / "state")}
 
