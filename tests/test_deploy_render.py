@@ -170,10 +170,10 @@ def test_placement() -> None:
     assert placed("405b") == placement.Placement(4, 2, 1, 4, 5, 0, 11)
     assert placed("cpu") == placement.Placement(1, 1, 2, 0, 4, 0, 1)
     # 9 replicas on nodes of 8: two of 5, one GPU idle
-    assert placed("h100", replicas=9) == placement.Placement(2, 1, 5, 5, 10, 1, 9)
+    assert placed("h100", replicas=9) == placement.Placement(2, 1, 5, 5, 10, 1, 11)
     # two GPUs each: four on a node, 7 on two nodes of 4 x 2, two GPUs idle
     two = {"replicas": 7, "tensor_parallel": 2, "hardware": {"kind": "gpu", "type": "H100", "gpus_per_replica": 2}}
-    assert placed("h100", **two) == placement.Placement(2, 1, 4, 8, 12, 2, 9)
+    assert placed("h100", **two) == placement.Placement(2, 1, 4, 8, 12, 2, 11)
     # three on a GPU at 0.3 each, 7 on 8 GPUs: three GPUs, 0.9 of one idle
     third = placed("h100", replicas=7, hardware={"kind": "gpu", "gpus_per_replica": 0.3})
     assert (third.nodes, third.gpus_per_node, third.cpu_slots_per_node) == (1, 3, 14)
