@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kilocopy import __version__, deploying, doctor, faults, manifest, placement, provision, serving, starting
+from kilocopy import __version__, deploying, doctor, faults, manifest, placement, provision, receiving, serving, starting
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
 
@@ -175,6 +175,9 @@ def drive(
     as_json: AsJson = False,
     resume: Resume = None,
     again: Again = "none",
+    join: Annotated[int | None, typer.Option("--join", metavar="N", min=1, max=4096, help="Lead N workers that `kilocopy join` starts elsewhere; secret in KILOCOPY_JOIN_TOKEN.")] = None,
+    bind: Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Where the leader listens for them.")] = "127.0.0.1:5557",
+    join_s: Annotated[float, typer.Option("--join-s", min=1, help="How long they may take to join, s.")] = 300,
 ) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
     from kilocopy import campaign, run
@@ -197,14 +200,33 @@ def drive(
         raise ProblemError("--url: leave user, password and query out of the address; an API key goes into KILOCOPY_API_KEY")
     base = url.rstrip("/").removesuffix("/v1")
     shares_host = manifest.is_this_host(url)
+    lead = None
+    if join is not None:
+        lead = run.Lead(receiving.parse_address(bind, "--bind"), receiving.need_token(os.environ.get(receiving.TOKEN)), join_s)
+        if workers != 1 or loaded.experiment is not None:
+            other = "--workers" if workers != 1 else "experiment:"
+            raise ProblemError(f"{other} and --join do not go together: --join leads workers that are started elsewhere, once, for one run")
     if loaded.experiment is not None:
         summary = campaign.drive(
             loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers, quiet=as_json, resume=resume, again=again
         )
         return _finish(summary, as_json)
     _no_experiment(resume, again)
-    run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers)
+    run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=join or workers, lead=lead)
     return _finish(run.report(run_dir, quiet=as_json), as_json)
+
+
+@app.command("join")
+def join_command(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the leader listens (`kilocopy drive --join N --bind`).")],
+    folder: Annotated[Path, typer.Option("--run", metavar="DIR", help="A new folder for this worker's own records.")],
+    wait_s: Annotated[float, typer.Option("--wait-s", min=0, help="How long to wait for the leader, s.")] = 300,
+) -> None:
+    """Be one driver worker for a leader elsewhere, and send the records home; secret in KILOCOPY_JOIN_TOKEN."""
+    from kilocopy import joining
+
+    token = receiving.need_token(os.environ.get(receiving.TOKEN))
+    raise typer.Exit(joining.join(receiving.parse_address(address, "HOST:PORT"), folder, token, wait_s))
 
 
 @app.command()
@@ -363,8 +385,6 @@ def deploy_apply(
     loaded = load(spec)
     for note in placement.notes(loaded):
         _say(f"note: {note}")
-    if driven:
-        deploying.can_drive(loaded, target)
     where = deploying.apply(loaded, target, out, _say)
     if driven:
         deploying.drive(loaded, target, where, _say)

@@ -60,16 +60,6 @@ def apply(spec: Spec, target: Target, out: Path | None, say: Callable[[str], Non
     return where
 
 
-def can_drive(spec: Spec, target: Target) -> None:
-    """Whether this version can drive there; asked before anything is applied. Raises ProblemError."""
-    if target == "kuberay":
-        name, namespace = kuberay.instance(spec), placement.needed(spec).namespace
-        raise ProblemError(
-            "--drive: the Jobs of driver.yaml need workers that join a driver over the network, which this version does not have yet; apply without "
-            f"--drive, then `kubectl -n {namespace} port-forward svc/{name}-serve-svc {spec.cluster.port}` and `kilocopy drive SPEC --url http://127.0.0.1:{spec.cluster.port}`"
-        )
-
-
 def drive(spec: Spec, target: Target, where: Path, say: Callable[[str], None]) -> None:
     """Drive what was applied, from workers that are there too. Raises ProblemError where the driver failed."""
     if target == "kuberay":

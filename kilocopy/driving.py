@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -27,6 +27,7 @@ from rich.text import Text
 
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.problem import ProblemError
+from kilocopy.receiving import TOKEN, Receiver
 from kilocopy.spec import Spec
 
 WORDS_PER_TOKEN = 0.75  # for the live line only: the report counts words
@@ -39,16 +40,18 @@ WORKER_ENDS_S = 10.0
 
 
 def drive(
-    run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool, on_progress: Callable[[dict[str, Any]], None], workers: int = 1
-) -> int:
+    run_dir: Path, url: str, spec: Spec, *, api_key: str | None, web: bool, on_progress: Callable[[dict[str, Any]], None], workers: int = 1,
+    receiver: Receiver | None = None,
+) -> int:  # fmt: skip
     """Play the spec in run_dir/manifest.json against `url`. Returns the driver's exit code: 0 complete, 130 interrupted.
 
     One process drives, or with `workers` > 1 as many as that, led by one more (Locust's master, on loopback). The driver works in the
-    current directory, to which the spec's paths are relative. Ctrl-C is passed on: the driver closes its streams and its records,
-    then this returns. The driver's own words are in run_dir/driver.log; its last ones are repeated on standard error where it failed.
+    current directory, to which the spec's paths are relative. With a `receiver` the workers are those that joined it, and only the
+    master is started here. Ctrl-C is passed on: the driver closes its streams and its records, then this returns. The driver's own
+    words are in run_dir/driver.log; its last ones are repeated on standard error where it failed.
     """
     with (run_dir / "driver.log").open("wb") as log:
-        port = _free_port() if workers > 1 else None
+        port = _free_port() if workers > 1 or receiver else None
 
         def start(*role: str, output: int) -> subprocess.Popen[bytes]:
             return subprocess.Popen(
@@ -59,7 +62,9 @@ def drive(
         process = start(*_leading(web, workers, port), output=subprocess.PIPE)
         team: list[subprocess.Popen[bytes]] = []
         try:
-            if port is not None:
+            if port is not None and receiver is not None:
+                receiver.begin(port)
+            elif port is not None:
                 team = [start("--worker", *_at("master", port), output=subprocess.DEVNULL) for _ in range(workers)]
             _follow(process, on_progress)
             code = process.wait()
@@ -68,12 +73,12 @@ def drive(
         finally:
             if process.poll() is None:
                 _stop(process)
-            codes = [_end_worker(worker) for worker in team]
+            codes = [end_worker(worker) for worker in team]
     if code in {-signal.SIGINT, -signal.SIGTERM}:  # it was asked to end before it could listen
         code = INTERRUPTED
     failed = [worker for worker in codes if worker not in {0, INTERRUPTED}]
     if code not in {0, INTERRUPTED} or failed:
-        _repeat(run_dir / "driver.log")
+        repeat(run_dir / "driver.log")
     return code or max((worker for worker in failed if worker > 0), default=0)
 
 
@@ -102,7 +107,17 @@ def _free_port() -> int:
         return int(probe_socket.getsockname()[1])
 
 
-def _end_worker(process: subprocess.Popen[bytes]) -> int:
+def start_worker(url: str, port: int, more: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A worker whose master is reached at a port of this host; `more` are variables for it."""
+    environment = _environment(Path.cwd(), os.environ.get("KILOCOPY_API_KEY")) | more
+    del environment["KILOCOPY_RUN_DIR"]  # the master tells it
+    return subprocess.Popen(
+        [*_command(url), "--worker", *_at("master", port)], env=environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+    )  # fmt: skip
+
+
+def end_worker(process: subprocess.Popen[bytes]) -> int:
     """A worker ends when its master does; where it does not, it is asked to, and then killed."""
     for ask in (None, signal.SIGINT, signal.SIGKILL):
         if ask is not None:
@@ -115,7 +130,7 @@ def _end_worker(process: subprocess.Popen[bytes]) -> int:
 
 
 def _environment(run_dir: Path, api_key: str | None) -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LOCUST_", "GRAFANA_"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LOCUST_", "GRAFANA_", TOKEN))}
     environment |= {"KILOCOPY_RUN_DIR": str(run_dir.resolve()), "PYTHONPATH": search_path(), "KILOCOPY_API_KEY": api_key or ""}
     return environment
 
@@ -148,7 +163,8 @@ def _stop(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _repeat(log: Path) -> None:
+def repeat(log: Path) -> None:
+    """The last of our own sentences in a driver's log, on standard error."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("kilocopy: ")]
     if lines:
         sys.stderr.write(lines[-1] + "\n")

@@ -22,7 +22,7 @@ from kilocopy.played import Beside, Played
 from kilocopy.problem import ProblemError
 from kilocopy.references import REFERENCES
 from kilocopy.spec import FrontierExperiment, Spec
-from kilocopy.summary import SCHEMA_VERSION, Bin, Headline, Part, Stage, Summary
+from kilocopy.summary import SCHEMA_VERSION, Bin, Clock, Headline, Part, Stage, Summary
 
 NOT_ASKED = "N_SLO is not asked by this experiment: its levels differ in more than their copies. A frontier, a search or plain stages ask for it."
 GAP_S = 5.0  # between two parts of an experiment on its axis of time; what truly lay between them is left out
@@ -60,6 +60,10 @@ def summarise(run_dir: Path) -> Summary:
         wall_zero_s=next((event["wall_ns"] / 1e9 - event["t_s"] for event in run.recorded.events if "wall_ns" in event), None),
         timeline=measure.timeline(run.recorded, run.spans),
         outages=outages.outages(run.recorded, run.spans),
+        clocks=[
+            Clock(process=one.process, host=one.host, same_clock=one.same, rounds=one.rounds, offset_s=one.offset_s, drift_s=one.drift_s, error_s=one.error_s)
+            for one in run.recorded.clocks
+        ],
     )
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kilocopy import records
+from kilocopy.clocks import Clocks, Offset
 from kilocopy.rows import Place, Rows
 from kilocopy.streams import Floats, Ints, Mask, Streams
 
@@ -94,6 +95,7 @@ class Recording:
     server: Samples
     energy: Meters
     end_s: float
+    clocks: list[Offset] = field(default_factory=list)  # of processes that joined from elsewhere
     _last: dict[Place, Streams] = field(default_factory=dict, repr=False, compare=False)
     _courses: dict[Place, Course] = field(default_factory=dict, repr=False, compare=False)
 
@@ -123,45 +125,10 @@ class Recording:
         return self.rows.read(self.rows.places, self.zero_ns)
 
 
-class _Clock:
-    """One time axis for all hosts: monotonic clocks differ from host to host, so a foreign host's times go over the wall clock.
-
-    On the host of the first event nothing is shifted; its monotonic clock is exact and the wall clock may be stepped.
-    """
-
-    def __init__(self, run_dir: Path, events: Sequence[dict[str, Any]]) -> None:
-        self._hosts: dict[str, str] = {}
-        for kind in records.SCHEMAS:
-            for metadata in records.headers(run_dir, kind):
-                meta = _text(metadata)
-                self._hosts.setdefault(meta.get("process", ""), meta.get("host", ""))
-        first = events[0] if events else {}
-        self._home = self._hosts.get(str(first.get("process")))
-        self._offset_ns = int(first["wall_ns"]) - int(first["time_ns"]) if "wall_ns" in first else 0
-
-    def of_file(self, metadata: dict[bytes, bytes] | None) -> int:
-        """Nanoseconds to add to the times of a file with this metadata."""
-        meta = _text(metadata)
-        if self._home is None or meta.get("host", self._home) == self._home or "wall_ns" not in meta:
-            return 0
-        return int(meta["wall_ns"]) - int(meta["perf_ns"]) - self._offset_ns
-
-    def of_event(self, event: dict[str, Any]) -> int:
-        """Nanoseconds to add to the time of an event."""
-        host = self._hosts.get(str(event.get("process")), self._home)
-        if self._home is None or host == self._home or "wall_ns" not in event:
-            return 0
-        return int(event["wall_ns"]) - int(event["time_ns"]) - self._offset_ns
-
-
-def _text(metadata: dict[bytes, bytes] | None) -> dict[str, str]:
-    return {key.decode(): value.decode() for key, value in (metadata or {}).items()}
-
-
 def load(run_dir: Path) -> Recording:
     """Read every whole record of a run directory. Missing kinds are empty, torn tails are ignored."""
     events = records.read_events(run_dir)
-    clock = _Clock(run_dir, events)
+    clock = Clocks(events)
     rows = Rows(run_dir, clock.of_file)
     tables = {kind: _table(run_dir, kind, clock) for kind in records.SCHEMAS if kind != "requests"}
     shifted = [event | {"time_ns": int(event["time_ns"]) + clock.of_event(event)} for event in events]
@@ -178,15 +145,16 @@ def load(run_dir: Path) -> Recording:
         server=Samples(**_columns(tables["server"], zero_ns)),
         energy=Meters(**_columns(tables["energy"], zero_ns)),
         end_s=max((float(values.max()) for values in ends if len(values)), default=0.0),
+        clocks=clock.offsets,
     )
 
 
-def _table(run_dir: Path, kind: str, clock: _Clock) -> pa.Table:
-    """All rows of a kind, on the clock of the first event's host."""
+def _table(run_dir: Path, kind: str, clock: Clocks) -> pa.Table:
+    """All rows of a kind, on the common clock; the rows of a batch are shifted alike, so that no duration changes."""
     schema = records.SCHEMAS[kind]
     parts = []
     for batch in records.batches(run_dir, kind):
-        shift_ns = clock.of_file(batch.schema.metadata)
+        shift_ns = clock.of_file(batch.schema.metadata, pc.max(batch.column("time_ns")).as_py() or 0)
         columns = {field.name: _column(batch, field) for field in schema}
         if shift_ns:
             columns |= {name: pc.add(column, pa.scalar(shift_ns, pa.int64())) for name, column in columns.items() if name.endswith("_ns")}

@@ -149,7 +149,8 @@ class Events:
     the rate, of a search's level, else null; `stage_stop_asking` {stage, level}: from here on nothing is sent; `stage_drained`
     {stage, level}: the last stream ended; `stage_settled` {stage, level}: idle long enough for the servers' counters to be
     scraped; `run_end` {reason: complete | interrupted}. Where workers share the load, the master writes `worker_lost` {worker,
-    stage, level}. Every line has `event`, `time_ns`, `wall_ns`, `host`, `process`.
+    stage, level}. Where they joined from elsewhere, the receiver writes `joined` {role, on, same_clock, hardware, versions}, `clock` {of, on,
+    offset_ns, error_ns, at_ns, same} once a second, and `records_missing` {on, role}. Every line has `event`, `time_ns`, `wall_ns`, `host`, `process`.
     """
 
     def __init__(self, run_dir: Path, process: str) -> None:
@@ -172,16 +173,6 @@ def batches(run_dir: Path, kind: str) -> Iterator[pa.RecordBatch]:
             try:
                 stream = pa.ipc.open_stream(file)
                 yield from stream
-            except (pa.ArrowInvalid, EOFError, OSError):
-                continue
-
-
-def headers(run_dir: Path, kind: str) -> Iterator[Any]:
-    """The metadata of every file of a kind; a file torn in its schema has none."""
-    for path in sorted((run_dir / kind).glob("*.arrow")):
-        with path.open("rb") as file:
-            try:
-                yield pa.ipc.open_stream(file).schema.metadata
             except (pa.ArrowInvalid, EOFError, OSError):
                 continue
 

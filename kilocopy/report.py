@@ -412,6 +412,9 @@ def driver_lines(summary: Summary) -> Iterator[str]:
     if summary.stages and not limited:
         count = len(summary.stages)
         yield f"The driver was not the limit in {'the one stage' if count == 1 else f'any of {count} stages'}. At most: {worst(summary)}."
+    for clock in summary.clocks:
+        how = "is the leader's own" if clock.same_clock else f"was {clock.offset_s:+,.6f} s from the leader's, drifted {seconds(abs(clock.drift_s))}, and was put on it"
+        yield f"The clock of {plain(clock.process)} on {plain(clock.host)} {how}; {clock.rounds:,} round trips know it to ±{seconds(clock.error_s)}."
 
 
 def worst(summary: Summary) -> str:

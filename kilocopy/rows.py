@@ -39,8 +39,8 @@ class _Batch:
 class Rows:
     """The requests of a run, found by their place."""
 
-    def __init__(self, run_dir: Path, shift_of: Callable[[Any], int]) -> None:
-        """Look through the files. `shift_of`: nanoseconds to add to the times of a file with this metadata."""
+    def __init__(self, run_dir: Path, shift_of: Callable[[Any, int], int]) -> None:
+        """Look through the files. `shift_of`: nanoseconds to add to the times of a file with this metadata, about a time of its own clock."""
         self._found: dict[Place, list[_Batch]] = {}
         self.first_scheduled_ns: int | None = None
         self.last_finished_ns: int | None = None
@@ -83,7 +83,7 @@ class Rows:
         return Streams(**joined, gap_starts=np.cumsum(counts, dtype=np.int64) - counts)
 
 
-def _indexed(path: Path, shift_of: Callable[[Any], int]) -> Iterator[tuple[pa.RecordBatch, _Batch]]:
+def _indexed(path: Path, shift_of: Callable[[Any, int], int]) -> Iterator[tuple[pa.RecordBatch, _Batch]]:
     """Every whole batch of a file, its INDEXED columns alone; a torn tail ends the file."""
     try:
         with pa.memory_map(str(path)) as source:
@@ -93,7 +93,9 @@ def _indexed(path: Path, shift_of: Callable[[Any], int]) -> Iterator[tuple[pa.Re
             stream = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
             while True:
                 offset = source.tell()
-                yield stream.read_next_batch(), _Batch(path, schema, offset, shift_of(schema.metadata))
+                batch = stream.read_next_batch()
+                last_ns = pc.max(batch.column("finished_ns")).as_py() or 0
+                yield batch, _Batch(path, schema, offset, shift_of(schema.metadata, last_ns))
     except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
         return
 

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from kilocopy import driving, limits, manifest, records, serving, stage_marks
+from kilocopy import driving, limits, manifest, receiving, records, serving, stage_marks
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
@@ -23,6 +24,7 @@ from kilocopy.spec import Spec, files_named, streams_max
 from kilocopy.summary import Summary
 
 ERR = Console(stderr=True, highlight=False)
+ELSEWHERE = {"error": "the workers run on other hosts"}  # in place of a roofline: this host's would be another machine's
 
 
 def run(spec: Spec, runs: Path, *, web: bool = False, keep: bool = False, quiet: bool = False, workers: int = 1) -> Path:
@@ -34,12 +36,13 @@ def run(spec: Spec, runs: Path, *, web: bool = False, keep: bool = False, quiet:
     return report(run_dir, quiet=quiet)
 
 
-def check(spec: Spec, runs: Path, workers: int = 1) -> None:
-    """What would only fail after minutes of starting is refused first. Raises ProblemError."""
+def check(spec: Spec, runs: Path, workers: int = 1, *, elsewhere: bool = False) -> None:
+    """What would only fail after minutes of starting is refused first. `elsewhere`: the workers' hosts see to themselves. Raises ProblemError."""
     for key, path in files_named(spec):
         if not Path(path).is_file():
             raise ProblemError(f"{key} {path}: no such file; a path is relative to the current directory")
-    limits.refuse(max(streams_max(stage) for stage in spec.stages), workers)
+    if not elsewhere:
+        limits.refuse(max(streams_max(stage) for stage in spec.stages), workers)
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,16 +83,18 @@ def drive(
     workers: int = 1,
     roofline: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
+    lead: Lead | None = None,
 ) -> Path:
     """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there.
 
-    `roofline`: what this host's driver can read, where it was measured already; `more`: what else the manifest is to say.
+    `roofline`: what this host's driver can read, where it was measured already; `more`: what else the manifest is to say; `lead`:
+    where workers join that are started elsewhere.
     """
-    check(spec, runs, workers)
+    check(spec, runs, workers, elsewhere=lead is not None)
     key = os.environ.get("KILOCOPY_API_KEY")
     driving.probe(url, spec.model.id, key, 30, endpoint=spec.workload.endpoint)
-    roofline = roofline or limits.roofline()
-    for sentence in limits.warnings(spec, roofline, workers):
+    roofline = ELSEWHERE if lead else roofline or limits.roofline()
+    for sentence in [] if lead else limits.warnings(spec, roofline, workers):
         ERR.print(f"[yellow]drive[/]  {sentence}")
     more = {"driver_roofline": roofline, "driver_workers": workers, "grafana_url": stage_marks.address(), **(more or {})}
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy", more=more)
@@ -99,8 +104,8 @@ def drive(
     progress = driving.ProgressPrinter(ERR, spec)
     meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
     marked = stage_marks.annotating(run_dir, spec, lambda said: ERR.print(f"[yellow]drive[/]  {said}"))
-    with meter, Scraper(run_dir, targets, look=serving.looking(url)) as scraper, progress, marked:
-        code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress, workers=workers)
+    with _leading(lead, run_dir, workers, spec, url) as receiver, meter, Scraper(run_dir, targets, look=serving.looking(url)) as scraper, progress, marked:
+        code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress, workers=workers, receiver=receiver)
     for target, error in scraper.failures.items():
         ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")
     if code not in {0, 130} and not any(event["event"] == "stage_start" for event in records.read_events(run_dir)):
@@ -108,6 +113,29 @@ def drive(
     if code not in {0, 130}:
         ERR.print(f"[red]drive[/]  the driver ended with exit code {code}; reporting what was recorded ({run_dir / 'driver.log'})")
     return run_dir
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Where workers join, with which secret, and how long they may take."""
+
+    bind: tuple[str, int]
+    token: str = field(repr=False)
+    join_s: float = 300
+
+
+@contextlib.contextmanager
+def _leading(lead: Lead | None, run_dir: Path, workers: int, spec: Spec, url: str) -> Iterator[receiving.Receiver | None]:
+    """Have the workers join, and afterwards wait for the last of their records; nothing where none are elsewhere."""
+    if lead is None:
+        yield None
+        return
+    with receiving.Receiver(run_dir, lead.bind, lead.token, workers, spec, url) as receiver:
+        ERR.print(f"[bold]drive[/]  waits for {workers} workers at {receiver.bound}: kilocopy join HOST:{receiver.port} --run DIR")
+        receiver.gather(lambda said: ERR.print(f"[bold]drive[/]  {said}"), lead.join_s)
+        yield receiver
+        for said in receiver.finish():
+            ERR.print(f"[red]drive[/]  {said}")
 
 
 @contextlib.contextmanager

@@ -639,6 +639,18 @@ class Part(Frozen):
     grafana_url: str | None = None  # the Grafana that watched it
 
 
+class Clock(Frozen):
+    """How a process that joined from elsewhere was put on the leader's clock: by round trips all through the run."""
+
+    process: str
+    host: str
+    same_clock: bool  # it read the leader's own clock, and nothing was shifted
+    rounds: int
+    offset_s: float  # its monotonic clock minus the leader's, at the end
+    drift_s: float  # by how much that changed in the run
+    error_s: float  # half the longest round trip that was used, which bounds the error of the offset there
+
+
 class Summary(Frozen):
     """summary.json."""
 
@@ -659,5 +671,6 @@ class Summary(Frozen):
     outages: list[Outage] = []  # replicas and nodes that died while a stage was asking
     simulated: str | None = None  # where no model ran: what stood in for it, in words
     parts: list[Part] = []  # an experiment's run directories, in order of time
+    clocks: list[Clock] = Field(default_factory=list)  # of processes on other hosts than the leader
     prices: list[dict[str, Any]]  # every price used: name, value, low, high, unit, source, date
     references: list[Reference]

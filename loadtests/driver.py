@@ -43,6 +43,7 @@ from loadtests.workload import Workload
 CHECKOUT = Path(__file__).resolve().parent.parent
 EXIT_BUG, EXIT_DISK_FULL, EXIT_INTERRUPTED = 1, 3, 130
 PORTS_TRIED = 1024
+RECORDS_DIR = "KILOCOPY_RECORDS_DIR"  # set for a worker that joined from elsewhere: where its records go
 MASTER_S = 1.0  # how often the master says how far the run is
 
 
@@ -111,7 +112,7 @@ def _exporter(spec: Spec, run_dir: Path, worker: int) -> Exporter | None:
     """The metrics page of this process, and the file by which Prometheus finds it; none with KILOCOPY_EXPORT=off."""
     if os.environ.get("KILOCOPY_EXPORT", "on") == "off":
         return None
-    constant = {"run": run_dir.name, "model": spec.model.id, "worker": str(worker), "cluster": spec.name}
+    constant = {"run": os.environ.get("KILOCOPY_RUN_ID", run_dir.name), "model": spec.model.id, "worker": str(worker), "cluster": spec.name}
     host = os.environ.get("KILOCOPY_EXPORT_HOST", "127.0.0.1")
     exporter = _first_free(lambda port: Exporter(constant, spec, host=host, port=port), int(os.environ.get("KILOCOPY_EXPORT_PORT", "0")))
     with contextlib.suppress(OSError):  # a run goes on without being watched
@@ -200,7 +201,14 @@ class Driver:
         return Streams(spec, workload, run_dir, url, worker, self.api_key, fire)
 
     def _upkeep(self, streams: Streams, say: Callable[[], None]) -> list[Callable[[], None]]:
-        return [lambda: streams.keep(say), streams.recorder.probe]
+        return [lambda: streams.keep(say), streams.recorder.probe, *([self._end_with_parent] if RECORDS_DIR in os.environ else [])]
+
+    def _end_with_parent(self) -> None:
+        """A worker that joined from elsewhere has no leader any more once the process that carries its words is gone."""
+        parent = os.getppid()
+        while os.getppid() == parent:
+            gevent.sleep(MASTER_S)
+        self.quit(EXIT_INTERRUPTED)
 
     def _perform(self) -> None:
         assert self.conductor is not None  # noqa: S101
@@ -230,7 +238,8 @@ class Driver:
         if self.streams is not None:
             return
         spec = Spec.model_validate(run["spec"])
-        streams = self._make_streams(spec, Workload(spec), Path(run["run_dir"]), run["url"], self.runner.worker_index)
+        records_dir = Path(os.environ.get(RECORDS_DIR, run["run_dir"]))
+        streams = self._make_streams(spec, Workload(spec), records_dir, run["url"], self.runner.worker_index)
         streams.recorder.events.write("run_start", spec_sha256=spec.sha256, reader=streams.reader.kind)
         self.streams = streams
 
@@ -323,8 +332,12 @@ class Driver:
 
 
 def _own_clock(begin: dict[str, Any], host: str) -> int:
-    """A moment the master named, on this process's monotonic clock: the same clock on the same host, else by way of wall time."""
-    if begin["host"] == host:
+    """A moment the master named, on this process's monotonic clock: by the measured offset, the same clock, or by way of wall time."""
+    if RECORDS_DIR in os.environ:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            offset = json.loads((Path(os.environ[RECORDS_DIR]) / "clock.json").read_text(encoding="ascii"))
+            return int(begin["perf_ns"]) + int(offset["offset_ns"])
+    elif begin["host"] == host:
         return int(begin["perf_ns"])
     return int(begin["wall_ns"]) - time.time_ns() + time.perf_counter_ns()
 

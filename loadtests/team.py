@@ -6,6 +6,7 @@ and when to begin. The records never pass through it: each worker writes its own
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -143,6 +144,8 @@ class Workers:
             self._lost.add(client)
             self._progress.pop(client, None)
             self._events.write("worker_lost", worker=self._numbers[client], **self._place)
+            with contextlib.suppress(Exception):  # should it come back, it shall not play a share that others have taken over
+                self._runner.send_message("quit", client_id=client)
 
     def progress(self) -> dict[str, Any]:
         """The sum over the workers that live."""

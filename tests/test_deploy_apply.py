@@ -300,9 +300,3 @@ def test_ray_up_waits_for_its_nodes_then_serves_and_down_ends_them(here: Here) -
     here.world(up_fails="botocore.exceptions.NoCredentialsError: Unable to locate credentials")
     with pytest.raises(ProblemError, match="log in to your cloud first"):
         raylauncher.up(spec("h100"), here.folder, here.say)
-
-
-def test_driving_by_jobs_is_refused_before_anything_is_applied() -> None:
-    with pytest.raises(ProblemError, match="does not have yet"):
-        deploying.can_drive(spec("h100"), "kuberay")
-    deploying.can_drive(spec("h100"), "ray")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 
-from kilocopy import deploying, kuberay, placement
+from kilocopy import cli, deploying, kuberay, placement, receiving
 from kilocopy.application import RAY_VERSION, llm_config
 from kilocopy.problem import ProblemError
 from kilocopy.spec import ACCELERATORS, Spec, load
@@ -138,6 +141,42 @@ def test_served_is_what_kilocopy_serve_hands_to_serve() -> None:
     served = SAFE.load(service["spec"]["serveConfigV2"])
     assert served["applications"][0]["args"] == {"llm_configs": [llm_config(made, "/models/demo")]}
     assert served["applications"][0]["args"]["llm_configs"][0]["callback_config"]["callback_class"] == "cluster.replica.ModelOnDisk"
+
+
+def commands(pod: dict[str, Any], metrics: int) -> Iterator[list[str]]:
+    """kilocopy's command lines in a pod, as they are executed; a script runs in bash, with `metrics` addresses behind the Ray pods' name."""
+    for container in pod["containers"]:
+        command = [str(part) for part in container.get("command", [])]
+        if command[:2] == ["bash", "-c"]:
+            stand_in = "python() { printf '%s\\0' \"$@\"; exit 0; }; exec() { \"$@\"; }\n"
+            stand_in += "getent() { for n in " + " ".join(map(str, range(metrics))) + "; do echo \"10.0.0.$n STREAM\"; done; }\n"
+            done = subprocess.run(["bash", "-c", stand_in + command[2]], capture_output=True, text=True, check=True)
+            command = ["python", *done.stdout.rstrip("\0").split("\0")]
+        if command[:3] == ["python", "-m", "kilocopy"]:
+            yield command[3:]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_jobs_speak_the_command_line_that_there_is(name: str) -> None:
+    """Parsed by the CLI's own parser, with what a shell makes of it: an option that is renamed is found here, not on a cluster."""
+    root = typer.main.get_command(cli.app)
+    found = pods(manifests(name))
+    parsed = {}
+    for role in ("driver", "workers"):
+        (line,) = commands(found[role], metrics=3)
+        verb = root.commands[line[0]]  # type: ignore[attr-defined]
+        parsed[role] = line[0], verb.make_context(line[0], line[1:], resilient_parsing=False).params
+    lead, join = parsed["driver"], parsed["workers"]
+    assert (lead[0], join[0]) == ("drive", "join")
+    assert lead[1]["join"] == placement.driver_workers(spec(name))
+    assert receiving.parse_address(lead[1]["bind"], "--bind") == ("0.0.0.0", kuberay.JOIN_PORT)
+    assert receiving.parse_address(join[1]["address"], "HOST:PORT") == (f"{kuberay.instance(spec(name))}-leader", kuberay.JOIN_PORT)
+    assert lead[1]["join_s"] == join[1]["wait_s"] == kuberay.JOIN_S
+    assert len(lead[1]["metrics"]) == 3
+    mounted = next(mount["mountPath"] for mount in found["workers"]["containers"][0]["volumeMounts"] if mount["name"] == "runs")
+    assert Path(join[1]["folder"]).is_relative_to(mounted)
+    for role in ("driver", "workers"):
+        assert receiving.TOKEN in [one["name"] for one in found[role]["containers"][0]["env"]]
 
 
 def test_selectors_find_their_pods() -> None:
