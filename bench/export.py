@@ -17,7 +17,7 @@ from kilocopy.spec import load
 from loadtests.exporter import Exporter
 
 SPEC = Path(__file__).parent.parent / "loadtests" / "specs" / "demo.yaml"
-SCRAPE_S = 1.0  # how often `kilocopy watch` asks
+SCRAPE_S = 1.0  # twice as often as `kilocopy watch` asks
 
 
 def seconds(once: Callable[[], object], times: int) -> float:
