@@ -32,7 +32,7 @@ ROUNDS = 8
 PART_BYTES = 2**20
 TIMEOUT_S = 10.0
 LOST_S = 30.0  # a leader that did not answer for so long is gone
-KINDS = ("events", "requests", "driver", "energy")  # events first: what they say of rows has then been written before the rows are read
+KINDS = ("events", "requests", "driver", "texts", "energy")  # events first: what they say of rows has then been written before the rows are read
 CLOCK = "clock.json"  # the offset as it is now, for the worker beside
 
 

@@ -40,7 +40,7 @@ from kilocopy.spec import Spec, files_named
 
 TOKEN = "KILOCOPY_JOIN_TOKEN"  # noqa: S105  the variable's name
 TOKEN_CHARS_MIN = 16
-FILE = re.compile(r"(?:(?:requests|driver)/worker\d+\.arrow|events/worker\d+\.jsonl|energy/power-[A-Za-z0-9_.-]+\.arrow)")
+FILE = re.compile(r"(?:(?:requests|driver|texts)/worker\d+\.arrow|events/worker\d+\.jsonl|energy/power-[A-Za-z0-9_.-]+\.arrow)")
 BYTES_MAX = 4 * 2**20  # of one request
 SILENT_S = 15.0  # who was not heard for so long is not waited for
 HOME_S = 60.0  # how long the last records may take

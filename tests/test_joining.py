@@ -270,6 +270,7 @@ def test_only_files_of_records_are_taken_and_only_where_they_end(listening: rece
     assert leader.ask("PUT", "/records/requests/worker0.arrow?offset=0", b"abc") == (409, {"size": 3})
     assert leader.ask("PUT", "/records/requests/worker0.arrow?offset=3", b"def") == (200, {"size": 6})
     assert (tmp_path / "requests/worker0.arrow").read_bytes() == b"abcdef"
+    assert all(receiving.FILE.fullmatch(f"{kind}/worker0.{'jsonl' if kind == 'events' else 'arrow'}") for kind in joining.KINDS if kind != "energy")
     stranger = leader_of(listening, "another-secret-of-16")
     assert stranger.ask("PUT", "/records/requests/worker0.arrow?offset=6", b"x" * 300_000)[0] == 403
 
