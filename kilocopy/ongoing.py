@@ -78,10 +78,13 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(runs: Path) -> Ongoing | None:
-    """The newest run in a directory of runs that has not ended; None where there is none."""
-    made = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
-    found = Ongoing(made[-1].parent) if made else None
-    return found if found and found.ended() is None else None
+    """The newest run in a directory of runs that has not ended, of an experiment the part that is played; None where there is none."""
+    made = (path for name in ("*", "*/parts/*") for path in runs.glob(f"{name}/manifest.json"))
+    for path in sorted(made, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        found = Ongoing(path.parent)
+        if found.spec.experiment is None:  # an experiment's own directory has no driver
+            return found if found.ended() is None else None
+    return None
 
 
 def wait(runs: Path, on_waiting: Callable[[], None]) -> Ongoing:

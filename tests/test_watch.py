@@ -32,6 +32,7 @@ from kilocopy.ongoing import Ongoing
 from kilocopy.problem import ProblemError
 from kilocopy.scrape import write_targets
 from kilocopy.screen import Screen, bars
+from kilocopy.spec import Spec
 from kilocopy.watch import beside
 from loadtests.exporter import Exporter, write_file_sd
 from tests.test_driver import open_spec
@@ -206,6 +207,23 @@ def test_a_run_is_going_on_until_its_driver_says_so_or_falls_silent(tmp_path: Pa
     assert run.ended() is None
     records.Events(run_dir, "worker0").write("run_end", reason="complete")
     assert run.ended() == "complete"
+    assert ongoing.newest(tmp_path / "runs") is None
+
+
+def test_of_an_experiment_the_part_that_is_played_is_going_on(tmp_path: Path) -> None:
+    """The experiment's own directory has no driver: it says nothing, however young it is."""
+    part = begun(tmp_path)
+    home = tmp_path / "runs" / "experiment"
+    tree = {name: value for name, value in Ongoing(part).manifest["spec"].items() if name != "stages"}
+    asked = Spec.model_validate(tree | {"experiment": {"kind": "frontier", "copies": [1, 2, 4, 8]}})
+    home.mkdir()
+    records.write_json(home / "manifest.json", {"spec": asked.model_dump(mode="json")})
+    (home / "parts").mkdir()
+    part.rename(home / "parts" / part.name)
+    found = ongoing.newest(tmp_path / "runs")
+    assert found is not None
+    assert found.run_dir == home / "parts" / part.name
+    records.Events(found.run_dir, "worker0").write("run_end", reason="complete")
     assert ongoing.newest(tmp_path / "runs") is None
 
 
