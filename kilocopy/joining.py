@@ -23,7 +23,7 @@ from typing import Any
 
 from kilocopy import __version__, driving, limits, manifest, records
 from kilocopy.problem import ProblemError
-from kilocopy.receiving import Role, clock_of_host, splice, sums
+from kilocopy.receiving import clock_of_host, splice, sums
 from kilocopy.spec import Spec, streams_max
 
 SHIP_S = 0.5
@@ -32,7 +32,7 @@ ROUNDS = 8
 PART_BYTES = 2**20
 TIMEOUT_S = 10.0
 LOST_S = 30.0  # a leader that did not answer for so long is gone
-KINDS = ("events", "requests", "driver", "texts", "energy")  # events first: what they say of rows has then been written before the rows are read
+KINDS = ("events", "requests", "driver", "texts")  # events first: what they say of rows has then been written before the rows are read
 CLOCK = "clock.json"  # the offset as it is now, for the worker beside
 
 
@@ -98,7 +98,7 @@ class Leader:
             raise LeaderLostError("no clock was given")
         return best
 
-    def enter(self, role: Role, wait_s: float, look: Callable[[dict[str, Any]], None], node: str = "") -> dict[str, Any]:
+    def enter(self, wait_s: float, look: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Join, waiting for the leader to listen; returns what is to be played, which `look` may refuse. Raises ProblemError."""
         deadline, said = time.monotonic() + wait_s, False
         while True:
@@ -106,7 +106,7 @@ class Leader:
                 run = self._welcome(*self.ask("GET", "/run"))
                 look(run)
                 own = {"hardware": manifest.hardware(), "versions": manifest.versions()}
-                asked = {"role": role, "host": socket.gethostname(), "node": node, "clock": clock_of_host(), **own}
+                asked = {"host": socket.gethostname(), "clock": clock_of_host(), **own}
                 joined = self._welcome(*self.ask("POST", "/join", asked))
                 self.member = str(joined["id"])
                 return run | joined
@@ -198,7 +198,7 @@ class Liaison:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SHIP_S)
 
-    def bring_home(self, code: int, said: str = "") -> None:
+    def bring_home(self, code: int) -> None:
         """The last bytes, and word that they were the last. Raises ProblemError where the leader is gone for good."""
         deadline = time.monotonic() + LOST_S
         while True:
@@ -206,7 +206,7 @@ class Liaison:
                 self.shipper.ship()
                 with contextlib.suppress(LeaderLostError):
                     self.compare()
-                self.leader.ask("POST", "/done", {"code": code, "said": said})
+                self.leader.ask("POST", "/done", {"code": code})
                 self.leader.hang_up()
                 return
             except LeaderLostError as error:
@@ -220,7 +220,7 @@ def join(address: tuple[str, int], folder: Path, token: str, wait_s: float) -> i
     """Be a driver worker until the run ends; returns the worker's exit code. Raises ProblemError where the leader cannot be joined."""
     leader = Leader(address, token)
     prepare(folder)
-    run = leader.enter("driver", wait_s, fits)
+    run = leader.enter(wait_s, fits)
     print(f"join   {run['run']}: joined, records in {folder}", flush=True)
     leader.begun()
     liaison = Liaison(leader, folder, same_clock=run["same_clock"])

@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kilocopy import replicas
+from kilocopy.balance import BOUND, LIMIT, uneven
 from kilocopy.recording import Floats, Recording, Samples
 from kilocopy.spec import GpuReplica, Spec
 from kilocopy.summary import Balance, NodeShare, Reason, Stage
 
-BALANCE_LIMIT = 1.25
-BALANCE_COPIES = 1.0  # with few copies a replica, one more or less is no fault of the router's
 EDGE_S = 3.0  # a replica first seen this late in a window, or last seen this early, was not there all the time
 RUNNING, WAITING, TOKENS = "num_requests_running", "num_requests_waiting", "generation_tokens_total"
 
@@ -156,15 +155,14 @@ def balance(spec: Spec, stage: Stage, seen: Fleet) -> Balance | None:
         return None
     mean, busiest = sum(held.values()) / len(held), max(sorted(held), key=lambda name: held[name])
     ratio = held[busiest] / mean if mean else 1.0
-    off = ratio > BALANCE_LIMIT and held[busiest] - mean >= BALANCE_COPIES
-    bound = f"bound: {BALANCE_LIMIT:g} times the mean, and {BALANCE_COPIES:g} copy more than it"
+    off = uneven(held[busiest], mean)
     sentence = (
         f"{'The router dealt unevenly' if off else 'The router dealt evenly'}: the busiest of {len(held)} replicas ({busiest} on {seen.replicas[busiest].node}) "
-        f"held {held[busiest]:.2f} copies, {ratio:.2f} times the mean of {mean:.2f} ({bound})."
+        f"held {held[busiest]:.2f} copies, {ratio:.2f} times the mean of {mean:.2f} ({BOUND})."
     )
     return Balance(
         replicas=len(held), replicas_asked=spec.cluster.replicas, busiest=busiest, busiest_copies=held[busiest],
-        least_copies=min(held.values()), mean_copies=mean, ratio=ratio, limit=BALANCE_LIMIT, off=off, sentence=sentence,
+        least_copies=min(held.values()), mean_copies=mean, ratio=ratio, limit=LIMIT, off=off, sentence=sentence,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ belongs on a private network. Who joins writes its own files where it runs and s
 from the socket to the file of the same name in the run directory. Locust's master never sees a record, and itself listens on loopback only.
 
     GET  /run                       what is to be played            ->  {run, url, spec, workers, files, version, commit}
-    POST /join                      {role, host, clock, ...}        ->  {id, same_clock}
+    POST /join                      {host, clock, ...}              ->  {id, same_clock}
     POST /here                      {of, offset_ns, error_ns, at_ns} or {}: still there, and its clock  ->  {begun, over}
     GET  /clock                     the leader's monotonic clock    ->  {perf_ns}
     PUT  /records/KIND/FILE?offset  appends, if the file ends there ->  {size}; 409 with {size} where it does not
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from kilocopy import __version__, manifest
@@ -40,12 +40,11 @@ from kilocopy.spec import Spec, files_named
 
 TOKEN = "KILOCOPY_JOIN_TOKEN"  # noqa: S105  the variable's name
 TOKEN_CHARS_MIN = 16
-FILE = re.compile(r"(?:(?:requests|driver|texts)/worker\d+\.arrow|events/worker\d+\.jsonl|energy/power-[A-Za-z0-9_.-]+\.arrow)")
+FILE = re.compile(r"(?:(?:requests|driver|texts)/worker\d+\.arrow|events/worker\d+\.jsonl)")
 BYTES_MAX = 4 * 2**20  # of one request
 SILENT_S = 15.0  # who was not heard for so long is not waited for
 HOME_S = 60.0  # how long the last records may take
 MASTER_S = 60.0  # how long Locust's master may take to listen
-Role = Literal["driver", "meter"]
 
 
 def need_token(value: str | None) -> str:
@@ -90,16 +89,14 @@ def sums(spec: Spec) -> dict[str, str | None]:
 class Member:
     """Who joined, and how it is doing."""
 
-    role: Role
     host: str
-    node: str
     heard_s: float
     code: int | None = None  # how it ended; None: it has not said so
     about: dict[str, Any] = field(default_factory=dict)
 
 
 class Receiver:
-    """Listens for `workers` drivers, and any number of meters, while its `with` block runs. Raises ProblemError where the port cannot be had."""
+    """Listens for `workers` drivers while its `with` block runs. Raises ProblemError where the port cannot be had."""
 
     def __init__(self, run_dir: Path, bind: tuple[str, int], token: str, workers: int, spec: Spec, url: str) -> None:
         self.run_dir, self.token, self.workers, self.url = run_dir, token, workers, url
@@ -127,10 +124,6 @@ class Receiver:
         self._server.shutdown()
         self._server.server_close()
 
-    def of(self, role: Role) -> list[Member]:
-        """Who joined as that, in order."""
-        return [member for member in list(self.members.values()) if member.role == role]
-
     def gather(self, say: Callable[[str], None], wait_s: float, check: Callable[[], None] = lambda: None) -> None:
         """Wait until all workers have joined, saying each; `check` may raise. Raises ProblemError where some never do."""
         deadline = time.monotonic() + wait_s
@@ -139,7 +132,7 @@ class Receiver:
             news, self._news = self._news, []
             for said in news:
                 say(said)
-            here = self.of("driver")
+            here = list(self.members.values())
             if len(here) >= self.workers:
                 return
             check()
@@ -157,7 +150,7 @@ class Receiver:
             for name, member in list(self.members.items()):
                 if time.monotonic() - member.heard_s > SILENT_S or member.code is not None:
                     del self.members[name]
-                    self._news.append(f"a {member.role} on {member.host} is gone again")
+                    self._news.append(f"a worker on {member.host} is gone again")
 
     def begin(self, master_port: int) -> None:
         """Everyone is there: from now on Locust's master can be reached. Who they are is written down."""
@@ -178,20 +171,18 @@ class Receiver:
                 break
             time.sleep(0.05)
         for member in missing:
-            self._write("records_missing", on=member.host, role=member.role)
-        return [f"the {member.role} on {member.host} fell silent before it had sent everything: what came is kept, the rest is on that host" for member in missing]
+            self._write("records_missing", on=member.host)
+        return [f"the worker on {member.host} fell silent before it had sent everything: what came is kept, the rest is on that host" for member in missing]
 
     def admit(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Someone wants to join: status and answer."""
-        role: Role = "meter" if asked.get("role") == "meter" else "driver"
-        member = Member(role, str(asked.get("host")), str(asked.get("node") or asked.get("host")), time.monotonic(), about=asked)
+        member = Member(str(asked.get("host")), time.monotonic(), about=asked)
         with self._lock:
-            if role == "driver" and len(self.of("driver")) >= self.workers:
+            if len(self.members) >= self.workers:
                 return 409, {"error": f"all {self.workers} workers that the leader waits for (--join {self.workers}) are there already"}
             name = uuid.uuid4().hex
             self.members[name] = member
-            if role == "driver":
-                self._news.append(f"a worker on {member.host} joined ({len(self.of('driver'))} of {self.workers})")
+            self._news.append(f"a worker on {member.host} joined ({len(self.members)} of {self.workers})")
             if self._events is not None:
                 self._write_joined(member)
         return 200, {"id": name, "same_clock": asked.get("clock") == clock_of_host()}
@@ -207,14 +198,12 @@ class Receiver:
         """Someone has sent everything and goes."""
         if name in self.members:
             self.members[name].code = int(said.get("code", 0))
-            if self.members[name].role == "meter":
-                self._write("meter_ended", node=self.members[name].node, code=said.get("code"), said=said.get("said"))
 
     def _write_joined(self, member: Member) -> None:
         same = member.about.get("clock") == clock_of_host()
         about = {key: member.about.get(key) for key in ("hardware", "versions")}
         assert self._events is not None  # noqa: S101
-        self._events.write("joined", role=member.role, on=member.host, node=member.node, same_clock=same, **about)
+        self._events.write("joined", on=member.host, same_clock=same, **about)
 
     def _write(self, event: str, **fields: Any) -> None:
         with self._lock, contextlib.suppress(OSError):  # the disk is full: the run says so in its own place

@@ -24,6 +24,7 @@ import psutil
 
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.problem import ProblemError
+from kilocopy.receiving import TOKEN
 from kilocopy.scrape import write_targets
 from kilocopy.spec import CpuReplica, Spec
 
@@ -149,7 +150,7 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
         raise ProblemError(f"{directory}: cannot be written ({error.strerror}); set KILOCOPY_STATE to a directory that can") from None
     mark = uuid.uuid4().hex
     (directory / "mark").write_text(mark)
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("GRAFANA_")}  # a token is not for Ray's processes
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("GRAFANA_", TOKEN))}  # tokens are not for Ray's processes
     environment = inherited | {MARK: mark, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"}
     with log:
         process = subprocess.Popen(

@@ -13,11 +13,11 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlparse
 
+from kilocopy.balance import BOUND, uneven
 from kilocopy.scrape import Found, read_page
 from kilocopy.spec import GpuReplica, Spec
 
 WORDS_PER_TOKEN = 0.75  # assumed where the spec does not state it: a run counts words, a glance does not
-BALANCE_LIMIT, BALANCE_COPIES = 1.25, 1.0  # as in a report (kilocopy/nodes.py)
 HEADS = ("node", "replicas", "GPUs", "copies", "tokens/s", "per GPU", "pages/h", "per GPU")
 
 Reading = tuple[float, list[tuple[str, str, str, float]]]  # when, and each sample's node, replica, name, value
@@ -105,10 +105,10 @@ def balance(reading: list[tuple[str, str, str, float]]) -> str | None:
     if len(held) < 2 or not mean:
         return None
     busiest = max(sorted(held), key=lambda replica: held[replica])
-    off = held[busiest] > BALANCE_LIMIT * mean and held[busiest] - mean >= BALANCE_COPIES
+    off = uneven(held[busiest], mean)
     return (
         f"{'uneven' if off else 'even'}: the busiest of {len(held)} replicas ({busiest}) holds {held[busiest]:g} copies, "
-        f"{held[busiest] / mean:.2f} times the mean (bound: {BALANCE_LIMIT:g} times, and {BALANCE_COPIES:g} copy more)"
+        f"{held[busiest] / mean:.2f} times the mean ({BOUND})"
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from kilocopy import experiment, records, schedule
 from kilocopy.problem import ProblemError
+from kilocopy.receiving import TOKEN
 from kilocopy.spec import BestOfNExperiment, Spec, Verifier
 
 SAID_CHARS = 300
@@ -162,7 +163,7 @@ def judge(asked: Verifier, one: Sample, folder: Path) -> dict[str, Any]:
 
 def _run(asked: Verifier, text: str, task: Path) -> tuple[int | None, str, bool]:
     """Exit code (None: did not start, or ended for its time), the end of what it wrote, and whether its time was over."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("KILOCOPY_API", "GRAFANA_"))} | {"KILOCOPY_TASK": str(task)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("KILOCOPY_API", TOKEN, "GRAFANA_"))} | {"KILOCOPY_TASK": str(task)}
     try:
         process = subprocess.Popen(
             asked.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -230,11 +230,12 @@ def test_samples_are_verified_and_priced(tmp_path: Path) -> None:
         ("print('no such test'); sys.exit(2)", "verifier_failed", "no such test"),
         ("os.kill(os.getpid(), 11)", "verifier_failed", ""),
         ("import time; time.sleep(60)", "timeout", None),
-        ("sys.exit('KILOCOPY_API_KEY' in os.environ or open(os.environ['KILOCOPY_TASK']).read().count('secret'))", "passed", None),
+        ("sys.exit(bool({'KILOCOPY_API_KEY', 'KILOCOPY_JOIN_TOKEN'} & set(os.environ)) or open(os.environ['KILOCOPY_TASK']).read().count('secret'))", "passed", None),
     ],
 )
 def test_what_a_verifier_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, verdict: str, said: str | None) -> None:
     monkeypatch.setenv("KILOCOPY_API_KEY", "secret")
+    monkeypatch.setenv("KILOCOPY_JOIN_TOKEN", "another-secret-of-16")
     command = Verifier(command=(PYTHON, "-S", "-c", f"import sys, os; {code}"), timeout_s=1 if "sleep" in code else 30)
     row = verifier.judge(command, verifier.Sample(("part", 0, 0, 0), 0, "text", '{"prompt": "p"}', None), tmp_path)
     assert (row["verdict"], row["said"]) == (verdict, said)
