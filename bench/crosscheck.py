@@ -6,6 +6,9 @@
 Both send the same prompts (cut by kilocopy's workload, handed to vllm as a data set), the same lengths, as many streams at once, and
 both are counted in the same way: tokens that arrived between the moment when every stream had its first token and the moment when
 the first stream stopped asking. vllm's own printed figure (all tokens over all time, ramp and tail included) stands beside it.
+
+On a machine whose speed changes from minute to minute turns say little: with `--together` both ask at the same time, as many streams each, and both
+are counted in kilocopy's window (one clock, CLOCK_MONOTONIC, for both). Whatever the servers do at a moment they do to both.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from bench.clients import vllm_bench
 from kilocopy import manifest, run, serving
@@ -32,6 +38,9 @@ from kilocopy.recompute import summarise
 from kilocopy.spec import Spec, load
 
 Figures = dict[str, float]
+Window = tuple[float, float]  # begin and end, seconds on the monotonic clock
+TRIES = 3
+VLLM_START_S = 25.0  # what `vllm bench serve` takes to load; then it has begun to ask
 
 
 def with_stage(spec: Spec, copies: int, seconds: float) -> Spec:
@@ -41,24 +50,33 @@ def with_stage(spec: Spec, copies: int, seconds: float) -> Spec:
     return Spec.model_validate(tree)
 
 
-def by_kilocopy(spec: Spec, url: str, targets: list[str], runs: Path) -> Figures:
-    """One stage by kilocopy's driver, as its report counts it."""
-    run_dir = run.drive(spec, runs, url, targets=targets, web=False, shares_host=manifest.is_this_host(url))
-    stage = summarise(run_dir).stages[0]
-    if stage.throughput is None or stage.latency is None or stage.latency.ttft_s is None or stage.latency.tpot_s is None:
+def by_kilocopy(spec: Spec, url: str, targets: list[str], runs: Path) -> tuple[Figures, Window]:
+    """One stage by kilocopy's driver, as its report counts it, and its window on the monotonic clock, seconds.
+
+    It is played again where the report withholds it. Raises ProblemError after three tries.
+    """
+    for _ in range(TRIES):
+        run_dir = run.drive(spec, runs, url, targets=targets, web=False, shares_host=manifest.is_this_host(url))
+        summary = summarise(run_dir)
+        stage = summary.stages[0]
+        if stage.window is not None and stage.throughput is not None and stage.latency is not None and stage.latency.ttft_s is not None and stage.latency.tpot_s is not None:
+            break
         reasons = "; ".join(reason.sentence for reason in stage.verdict.reasons)
-        raise ProblemError(f"{run_dir}: kilocopy's own stage has no latency to compare: {reasons}")
+        print(f"{run_dir}: not counted, played again: {reasons}", file=sys.stderr)
+    else:
+        raise ProblemError(f"{run_dir}: kilocopy's own stage has no latency to compare, in {TRIES} tries: {reasons}")
+    zero_s = (summary.wall_zero_s or 0.0) - (time.time() - time.perf_counter())
     return {
         "tokens_per_s": stage.throughput.output_tokens_per_s.value,
         "ttft_p50_s": stage.latency.ttft_s.p50,
         "ttft_p99_s": stage.latency.ttft_s.p99,
         "tpot_p50_s": stage.latency.tpot_s.p50,
         "requests_per_s": stage.throughput.requests_per_s,
-    }
+    }, (zero_s + stage.window.start_s, zero_s + stage.window.end_s)
 
 
-def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) -> Figures:
-    """As many requests by `vllm bench serve`: its own throughput, and the same window as kilocopy's from its detailed result."""
+def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) -> dict[str, Any]:
+    """As many requests by `vllm bench serve`: its detailed result."""
     copies = spec.stages[0].copies  # type: ignore[union-attr]  # with_stage made it closed
     result = folder / "vllm.json"
     options = {
@@ -71,11 +89,23 @@ def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) ->
     flags = ["--ignore-eos", "--skip-chat-template", "--save-result", "--save-detailed", "--disable-tqdm", "--disable-shuffle"]
     command = [*vllm_bench(), *(str(part) for pair in options.items() for part in pair), *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
-    return figures_of(json.loads(result.read_text(encoding="utf-8")), copies)
+    return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-def figures_of(result: dict[str, Any], copies: int) -> Figures:
-    """vllm's detailed result in kilocopy's terms. `start_times`, `ttfts` and `itls` are seconds, one entry or list per request."""
+def at_once(spec: Spec, state: dict[str, Any], runs: Path, prompts: Path, folder: Path, requests: int) -> tuple[Figures, Figures]:
+    """Both clients at the same time. Raises ProblemError where vllm's requests did not last for kilocopy's whole window."""
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(by_vllm, spec, state["url"], prompts, folder, requests)
+        time.sleep(VLLM_START_S)
+        ours, window = by_kilocopy(spec, state["url"], state["metrics"], runs)
+        return ours, figures_of(theirs.result(), spec.stages[0].copies, window)  # type: ignore[union-attr]
+
+
+def figures_of(result: dict[str, Any], copies: int, window: Window | None = None) -> Figures:
+    """vllm's detailed result in kilocopy's terms. `start_times`, `ttfts` and `itls` are seconds, one entry or list per request.
+
+    Counted is from when every stream had its first token until the first stops asking, or the window that is given, if it lies in there.
+    """
     starts, ttfts = np.array(result["start_times"]), np.array(result["ttfts"])
     arrivals, ends = [], []
     for start, ttft, gaps in zip(starts, ttfts, result["itls"], strict=True):
@@ -85,6 +115,13 @@ def figures_of(result: dict[str, Any], copies: int) -> Figures:
     order = np.argsort(starts)
     begin_s = float(max((starts + ttfts)[order[:copies]]))  # the first wave is the first `copies` requests
     stop_s = float(np.sort(starts)[-1])  # the last request was sent: from here on fewer are open
+    if window is not None:
+        if not begin_s <= window[0] < window[1] <= stop_s:
+            raise ProblemError(
+                f"vllm bench serve had all streams open from {begin_s - window[0]:+.1f} s to {stop_s - window[0]:+.1f} s of kilocopy's window "
+                f"of {window[1] - window[0]:.1f} s: not the whole of it; give it more --requests"
+            )
+        begin_s, stop_s = window
     times_s = np.concatenate(arrivals)
     inside = (times_s >= begin_s) & (times_s < stop_s)
     kept = (starts >= begin_s) & (np.array(ends) <= stop_s)
@@ -112,16 +149,26 @@ def write_prompts(spec: Spec, path: Path, count: int) -> None:
     path.write_text(done.stdout, encoding="utf-8")
 
 
+def by_pairs(mine: Sequence[float], other: Sequence[float]) -> str:
+    """Geometric mean of the ratios of neighbours in time, with Student's interval: a machine that gets slower does so to both of a pair."""
+    logs = np.log(np.array(mine) / np.array(other))
+    middle = float(logs.mean())
+    if len(logs) < 3:
+        return f"{np.exp(middle):.3f}"
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return f"{np.exp(middle):.3f} [{np.exp(middle - half):.3f} .. {np.exp(middle + half):.3f}]"
+
+
 def show(ours: Sequence[Figures], theirs: Sequence[Figures]) -> None:
     """A row a figure: the median of each client, its range, and the ratio."""
-    table = Table("figure", "kilocopy", "range", "vllm bench serve", "range", "kilocopy / vllm")
+    table = Table("figure", "kilocopy", "range", "vllm bench serve", "range", "of medians", "by pairs [95 %]")
     for name in theirs[0]:
         mine, other = [run_[name.removeprefix("printed_")] for run_ in ours], [run_[name] for run_ in theirs]
         unit = 1e3 if name.endswith("_s") and "per_s" not in name else 1
         label = name.removesuffix("_s") + "_ms" if unit > 1 else name
         cells = [f"{median(part) * unit:,.1f}" for part in (mine, other)]
         ranges = [f"{min(part) * unit:,.1f} .. {max(part) * unit:,.1f}" for part in (mine, other)]
-        table.add_row(label, cells[0], ranges[0], cells[1], ranges[1], f"{median(mine) / median(other):.3f}")
+        table.add_row(label, cells[0], ranges[0], cells[1], ranges[1], f"{median(mine) / median(other):.3f}", by_pairs(mine, other))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -132,6 +179,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--together", action="store_true", help="both at the same time, not in turn")
+    parser.add_argument("--requests", type=int, default=400, help="with --together: so many by vllm, which have to outlast kilocopy's stage")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     asked = parser.parse_args()
     state = serving.status()
@@ -142,11 +191,20 @@ def main() -> None:
     theirs: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
-        for _ in range(asked.repeats):
-            ours.append(by_kilocopy(spec, state["url"], state["metrics"], asked.runs))
-            requests = max(2 * asked.copies, round(ours[-1]["requests_per_s"] * asked.seconds))
-            write_prompts(spec, prompts, requests)
-            theirs.append(by_vllm(spec, state["url"], prompts, Path(folder), requests))
+        for number in range(asked.repeats):
+            # Prompts of its own: a prefix cache would answer what the repeat before asked.
+            fresh = spec.model_copy(update={"workload": spec.workload.model_copy(update={"seed": spec.workload.seed + number})})
+            if asked.together:
+                write_prompts(fresh, prompts, asked.requests)
+                pair = at_once(fresh, state, asked.runs, prompts, Path(folder), asked.requests)
+            else:
+                mine, _ = by_kilocopy(fresh, state["url"], state["metrics"], asked.runs)
+                requests = max(2 * asked.copies, round(mine["requests_per_s"] * asked.seconds))
+                write_prompts(fresh, prompts, requests)
+                pair = mine, figures_of(by_vllm(fresh, state["url"], prompts, Path(folder), requests), asked.copies)
+            ours.append(pair[0])
+            theirs.append(pair[1])
+            print(f"pair {number + 1} of {asked.repeats}: {pair[0]['tokens_per_s']:,.0f} and {pair[1]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)
     show(ours, theirs)
     print(json.dumps({"copies": asked.copies, "seconds": asked.seconds, "kilocopy": ours, "vllm": theirs}))
 

@@ -12,19 +12,29 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from gpu.results import machine
 from kilocopy.manifest import CHECKOUT
 from kilocopy.problem import ProblemError
 from kilocopy.spec import ClosedStage, CpuReplica, GpuReplica, Spec, load
+from kilocopy.summaries import ENGINE
 
 Kind = Literal["served", "bare", "meter"]
 METER_COPIES = 64
+METER_SEED = 1_000_000  # beyond every load's: the meter's unit shares its engine with the bare ones
 DRAIN_S = 30.0  # a stream that just began when the stage stopped asking, at the SLO's 10 tokens/s
 AROUND_S = 20.0  # roofline, settling, the report
 GPU_START_S, CPU_START_S = 200.0, 150.0
 TRAIN_S = 90.0
+
+
+@cache
+def _here() -> dict[str, Any]:
+    found = machine()
+    return {"versions": {name: found["versions"].get(name) for name in ENGINE}, "gpus": sorted(gpu["name"] for gpu in found["gpus"])}
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,9 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides what the unit measures: a result with another key is not this unit's."""
-        said = {"kind": self.kind, "spec": self.spec.sha256, "workers": self.workers}
+        """Hash of everything that decides what the unit measures, the engine's versions and the kind of GPU too: a result with another key
+        is not this unit's, and the other pair of versions in the same folder measures anew."""
+        said = {"kind": self.kind, "spec": self.spec.sha256, "workers": self.workers, "here": _here()}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -94,9 +105,9 @@ def _group(name: str, kind: Kind, spec: Spec, cores: int) -> Group:
 
 
 def _unit(name: str, group: str, kind: Kind, spec: Spec, workers: int) -> Unit:
-    """Its prompts are its own (a seed from its load), or a prefix cache would answer what an earlier unit had asked."""
+    """Its prompts are its own (a seed from its load and its kind), or a prefix cache would answer what an earlier unit had asked."""
     copies = _closed(spec.stages[0]).copies
-    workload = spec.workload.model_copy(update={"seed": spec.workload.seed + copies})
+    workload = spec.workload.model_copy(update={"seed": spec.workload.seed + copies + (METER_SEED if kind == "meter" else 0)})
     return Unit(name, group, kind, spec.model_copy(update={"name": f"gpu-{name}", "workload": workload}), workers)
 
 

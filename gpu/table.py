@@ -11,6 +11,7 @@ from typing import Any
 
 from gpu.results import Results
 from kilocopy.problem import ProblemError
+from kilocopy.ratios import Reading, ratio
 from kilocopy.recompute import summarise
 from kilocopy.records import write_json
 from kilocopy.references import REFERENCES
@@ -106,12 +107,19 @@ def tax(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] |
         return None
     for other in rows:
         if other["kind"] == "bare" and other["copies"] == row["copies"] and _counts(other) and _alike(row, other):
+            found = ratio([_reading(row)], [_reading(other)])
             return {
-                "fraction": 1 - row["tokens_per_s"] / other["tokens_per_s"],
+                "fraction": 1 - found.value,
+                "low": None if found.high is None else 1 - found.high,
+                "high": None if found.low is None else 1 - found.low,
                 "bare_tokens_per_s": other["tokens_per_s"],
                 "same_gpu": _uuids(row) == _uuids(other),
             }
     return None
+
+
+def _reading(row: dict[str, Any]) -> Reading:
+    return Reading(row["tokens_per_s"], row["tokens_per_s_low"], row["tokens_per_s_high"])
 
 
 def _counts(row: dict[str, Any]) -> bool:
@@ -204,7 +212,8 @@ def _energy(row: dict[str, Any], name: str) -> str:
 def _tax(found: dict[str, Any] | None) -> str:
     if found is None:
         return NONE
-    return f"{100 * found['fraction']:.1f} %" + ("" if found["same_gpu"] else " (another card of the kind)")
+    interval = "" if found["low"] is None else f" [{100 * found['low']:.1f} – {100 * found['high']:.1f}]"
+    return f"{100 * found['fraction']:.1f} %{interval}" + ("" if found["same_gpu"] else " (another card of the kind)")
 
 
 def _legend(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -212,7 +221,7 @@ def _legend(rows: Sequence[dict[str, Any]]) -> list[str]:
     words = sorted({row["page_words"] for row in rows if row["copies"]})
     told = [
         "Served is the whole stack: Locust, HAProxy, Ray Serve's replica, vLLM. Bare is vLLM's AsyncLLM in one process, on the same engine arguments and prompts of",
-        "the same lengths; serving tax is 1 - served / bare tokens/s. TTFT of bare counts from the call of `generate`. Nothing vouches for the clock of the bare side,",
+        "the same lengths; serving tax is 1 - served / bare tokens/s, with a 95 % interval from the two windows' own (drift between them is not in it). TTFT of bare counts from the call of `generate`. Nothing vouches for the clock of the bare side,",
         "since it is the engine's own process. All joules of a window, prefill's too, are over its output tokens.",
     ]
     for boundary in sorted({row["energy_boundary"] for row in rows if row["copies"] and row["energy_boundary"]}):
@@ -246,6 +255,8 @@ def _meter(found: dict[str, Any] | None) -> list[str]:
     if not found:
         return [*lines, "Not checked."]
     counter = found["counter"]
+    if any(not way["agrees"] for way in found["nvidia_smi"].values()):
+        lines += ["**The counter and nvidia-smi do not agree: take no joule above for measured until it is known which of them is wrong.**", ""]
     lines.append(f"NVML's counter: {found['counter_j']:,.1f} J in {found['seconds']:.1f} s ({found['mean_w']:.0f} W on average).")
     for field, way in found["nvidia_smi"].items():
         verdict = "agrees" if way["agrees"] else "DISAGREES"

@@ -61,31 +61,46 @@ def gpt3() -> list[Line]:
     """GPT-3's row: Brown et al. 2020, section 6.3 (0.4 kWh for 100 pages); Patterson et al. 2021 (training)."""
     wh = GPT3_PAGES_WH / GPT3_PAGES
     power_usd = wh / 1000 * RULE_USD_PER_KWH
-    total = Line("a page, if the total is 5 x electricity", f"{RULE_MULTIPLE} x {money(power_usd)}", RULE_MULTIPLE * power_usd, "$")
-    above = Line("a page, if 5 x electricity comes on top of it", f"(1 + {RULE_MULTIPLE}) x {money(power_usd)}", (1 + RULE_MULTIPLE) * power_usd, "$")
+    total, *readings = _readings(power_usd, "pages: the rule of 2020 says 500")
     flops_page = 2 * GPT3_PARAMETERS * TOKENS_PER_PAGE
     return [
         Line("energy of a page", f"{GPT3_PAGES_WH / 1000:g} kWh / {GPT3_PAGES} pages", wh, "Wh"),
         Line("its electricity", f"{wh:g} Wh at ${RULE_USD_PER_KWH:.2f}/kWh (the rule's price)", power_usd, "$"),
         total,
-        Line("pages for a dollar, first reading", f"1 / {money(total.value)}", 1 / total.value, "pages: the rule of 2020 says 500"),
-        above,
-        Line("pages for a dollar, second reading", f"1 / {money(above.value)}", 1 / above.value, "pages"),
-        Line("a page of a model 1,000 x larger", f"{LARGER:,} x {money(total.value)}, cost in proportion to size", LARGER * total.value, "$"),
+        *readings,
+        Line("a page of a model 1,000 x larger", f"{LARGER:,} x {money(total.value)} (first reading), cost in proportion to size", LARGER * total.value, "$"),
         Line("tokens of a page", f"{PAGE_WORDS} words / {WORDS_PER_TOKEN:g} words per token (assumed)", TOKENS_PER_PAGE, "tokens"),
         Line("R_flop", f"3.14e23 FLOPs / (2 x 175e9 parameters x {TOKENS_PER_PAGE:.0f} tokens)", GPT3_FLOPS / flops_page, "pages"),
-        Line("R_energy", f"1,287 MWh / {wh:g} Wh", GPT3_TRAINING_WH / wh, "pages"),
+        Line("R_energy", f"1,287 MWh (data centre and all) / {wh:g} Wh (boundary unstated)", GPT3_TRAINING_WH / wh, "pages"),
+    ]
+
+
+def _readings(power_usd: float, unit: str = "pages") -> list[Line]:
+    """$ of a page and pages for a dollar by the rule's two readings: the total is 5 x electricity, or 5 x comes on top of it."""
+    total = Line("a page, if the total is 5 x electricity", f"{RULE_MULTIPLE} x {money(power_usd)}", RULE_MULTIPLE * power_usd, "$")
+    above = Line("a page, if 5 x electricity comes on top of it", f"(1 + {RULE_MULTIPLE}) x {money(power_usd)}", (1 + RULE_MULTIPLE) * power_usd, "$")
+    return [
+        total,
+        Line("pages for a dollar, first reading", f"1 / {money(total.value)}", 1 / total.value, unit),
+        above,
+        Line("pages for a dollar, second reading", f"1 / {money(above.value)}", 1 / above.value, "pages"),
     ]
 
 
 def llama(model: Model) -> list[Line]:
-    """The same for a Llama 3.1: training from its model card, running from ML.ENERGY's rows (GPU energy alone on both sides)."""
+    """The same for a Llama 3.1: training from its model card, running from ML.ENERGY's rows.
+
+    GPUs alone on both sides; but the card reckons training with the GPU's rated power, and running is measured, below it: R_energy leans high.
+    """
     wh = model.joules_per_token * TOKENS_PER_PAGE / 3600
     training_wh = model.gpu_hours * GPU_W
+    power_usd = wh / 1000 * RULE_USD_PER_KWH
     lines = [
         Line("energy of a page", f"{model.joules_per_token:g} J/token ({model.how}) x {TOKENS_PER_PAGE:.0f} tokens", wh, "Wh, GPUs alone"),
+        Line("its electricity", f"{number(wh)} Wh at ${RULE_USD_PER_KWH:.2f}/kWh (the rule's price)", power_usd, "$"),
+        *_readings(power_usd),
         Line("training", f"{number(model.gpu_hours)} H100-hours x {GPU_W:g} W (the model card's own reckoning)", training_wh / 1e6, "MWh, GPUs alone"),
-        Line("R_energy", f"{number(training_wh / 1e6)} MWh / {number(wh)} Wh", training_wh / wh, "pages"),
+        Line("R_energy", f"{number(training_wh / 1e6)} MWh (rated power) / {number(wh)} Wh (measured power, so this leans high)", training_wh / wh, "pages"),
         Line("R_flop", f"6 N x 15e12 tokens / (2 N x {TOKENS_PER_PAGE:.0f} tokens)", 3 * LLAMA_TOKENS / TOKENS_PER_PAGE, "pages, whatever N"),
     ]
     if model.tokens_per_s:

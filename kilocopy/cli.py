@@ -252,14 +252,14 @@ def compare_command(
 
 @app.command("plan")
 def plan_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run on one replica with three closed stages or more.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run on one replica with three closed stages or more, or repeats of it.")],
     copies: Annotated[int, typer.Option("--copies", min=0, help="Copies at once, each asking again as soon as its stream ended.")] = 0,
     rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second.")] = 0,
     burstiness: Annotated[float, typer.Option("--burstiness", min=0.01, help="Of the requests: 1 is Poisson, below 1 comes in bursts.")] = 1,
     node: Annotated[int, typer.Option("--node", min=0, help="Replicas on a node, which die together; 0 lets none die.")] = 1,
     most: Annotated[int, typer.Option("--most", min=1, help="Replicas at which the search gives up.")] = 10_000,
     random_router: Annotated[bool, typer.Option("--random-router", help="A router that does not look at load.")] = False,
-    against: Annotated[Path | None, typer.Option("--against", help="A run on several replicas of the same spec: how far the simulation is off.")] = None,
+    against: Annotated[list[Path] | None, typer.Option("--against", help="A run on several replicas of the same spec: how far the simulation is off. May be repeated, for repeats of it.")] = None,
     seed: int = 0,
     html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("plan.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -269,7 +269,7 @@ def plan_command(
     from kilocopy.planning import Asked
 
     asked = Asked(copies=copies, rate_per_s=rate, burstiness=burstiness, router="random" if random_router else "two_choices", seed=seed)
-    fleet_plan.command(run_dir, asked, against=against, node=node, most=most, html=html, as_json=as_json)
+    fleet_plan.command(run_dirs, asked, against=against or [], node=node, most=most, html=html, as_json=as_json)
 
 
 @app.command("history")

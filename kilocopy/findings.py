@@ -304,7 +304,7 @@ def _scaling_sentence(levels: Sequence[ScalingLevel], fit: usl.Fit | None, shari
         if last.loss is not None:
             parts.append(_loss_words(last.loss))
     if fit is not None:
-        parts.append(_law_words(fit))
+        parts.append(_law_words(fit, last.replicas))
     else:
         parts.append("no law is fitted (see the notes)")
     said = "; ".join(parts) + "."
@@ -325,14 +325,17 @@ def _loss_words(loss: Loss) -> str:
     return f"most of the loss is in the {where}: x {factor:.3g}" if factor < 1 else "no part of the way lost anything"
 
 
-def _law_words(fit: usl.Fit) -> str:
+def _law_words(fit: usl.Fit, most: int) -> str:
+    """The law in words; `most`: the most replicas that were measured, beyond which its maximum is extrapolated."""
     if fit.law == "linear":
-        return "scaling is linear as far as the repeats can tell: contention's interval includes 0"
+        untold = "" if fit.levels >= usl.LEVELS_USL else f"; {fit.levels} levels carry no coherency, which was not looked for"
+        return f"scaling is linear as far as the repeats can tell: contention's interval includes 0{untold}"
     sigma = f"contention (sigma) {_told(fit.sigma, '.3g')}"
     if fit.law == "amdahl":
         why = "coherency's interval includes 0, so there is no maximum to tell" if fit.levels >= usl.LEVELS_USL else f"{fit.levels} levels carry no coherency"
         return f"Amdahl's law with {sigma}; {why}"
-    peak = f", the most at {_told(fit.peak, ',.0f')} replicas" if fit.peak else ""
+    beyond = f" (extrapolated: {most} were measured)" if fit.peak and (fit.peak.high or fit.peak.value) > most else ""
+    peak = f", the most at {_told(fit.peak, ',.0f')} replicas{beyond}" if fit.peak else ""
     return f"the Universal Scalability Law with {sigma} and coherency (kappa) {_told(fit.kappa, '.3g')}{peak}"
 
 

@@ -23,16 +23,16 @@ from kilocopy.summary import Frozen
 WITHIN = {"throughput": 0.10, "ttft": 0.20}
 
 
-def command(run: Path, asked: Asked, *, against: Path | None, node: int, most: int, html: Path, as_json: bool) -> None:
+def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node: int, most: int, html: Path, as_json: bool) -> None:
     """`kilocopy plan`: fit, search, let a node die, price, print. Raises ProblemError."""
     if bool(asked.copies) == bool(asked.rate_per_s):
         raise ProblemError("say what is asked of the fleet: --copies N at once, or --rate R requests a second (one of them)")
-    finished = read(run)
+    finished = planning.together([read(run) for run in runs])
     found, spec = planning.levels(finished), planning.known_spec(finished)
     replica = planning.fit(found)
-    checked = planning.deviations(replica, spec, read(against)) if against else []
+    checked = planning.deviations(replica, spec, planning.together([read(run) for run in against])) if against else []
     if against and not checked:
-        raise ProblemError(f"--against {against}: no stage of it is valid with its latency and of a load that can be replayed")
+        raise ProblemError(f"--against {' '.join(map(str, against))}: no stage of it is valid with its latency and of a load that can be replayed")
     tried = planning.smallest(replica, spec, asked, most)
     best = tried[-1]
     after = planning.play(replica, spec, asked, best.replicas, min(node, best.replicas - 1))[1] if best.replicas > 1 and node else None
@@ -90,7 +90,7 @@ def _failure(best: Outcome, after: Outcome | None) -> list[str]:
 
 def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
     worst = checked or own
-    which = "the run given with --against" if checked else "its own stages, played again"
+    which = "the run given with --against" if checked else "its own stages, played again (how well the fit fits, and no validation),"
     return f"against {which} throughput is off by {percent(max(abs(one.throughput) for one in worst))} at most, TTFT p50 by {percent(max(abs(one.ttft) for one in worst))}."
 
 
@@ -126,12 +126,12 @@ def curve(tried: list[Outcome], spec: Spec) -> Figure:
 def _bill(spec: Spec, cost: Bill, best: Outcome) -> list[str]:
     lines = [f"Hardware: {cost.devices:,g} devices, {money(cost.hardware_usd_per_h)} for each hour of the calendar ({spec.prices.hardware.kind}), whether or not it serves."]
     if cost.electricity_usd_per_h is not None:
-        lines.append(f"Electricity while it serves this load: {money(cost.electricity_usd_per_h)} an hour, from the measured stages' joules per token.")
+        lines.append(f"Electricity while it serves this load: {money(cost.electricity_usd_per_h)} an hour, from the stages' joules per token ({cost.energy_source}).")
     elif spec.prices.hardware.kind == "owned":
         lines.append("Electricity is not in it: the run has no energy.")
     if cost.pages_per_h:
         lines.append(f"{number(cost.pages_per_h)} pages of {spec.page.words} words an hour at {number(best.tokens_per_s)} tokens/s.")
-    lines.append(f"{money(cost.usd_per_h)} an hour, {money(cost.usd_per_h * 730)} for a month of 730 hours of this load.")
+    lines.append(f"{money(cost.usd_per_h)} an hour, {money(cost.usd_per_h * 730)} for a month of 730 hours of this load. Prices are at the spec's mid; its low and high are not in it.")
     return lines
 
 
@@ -145,6 +145,8 @@ def _assumptions(found: list[Level], asked: Asked) -> list[str]:
     return [
         f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
         f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
+        "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",
+        "One seed was played, and whether a fleet holds the SLO is told without an interval; above 100 replicas their number is found to 1 %.",
         "Prompts are as long as the measured run's; a fleet asked for other prompts needs a run with them.",
     ]
 

@@ -89,7 +89,11 @@ def knee(points: Sequence[Point]) -> Knee:
         normal = np.random.default_rng(0).standard_normal((REDRAWS, len(ordered)))
         peaks = _power_peaks(copies, np.maximum(rates + spread * normal, rates * 1e-3))
         low, high = (float(end) for end in np.percentile(peaks, [2.5, 97.5]))
-    told = f" [{low:.0f} – {high:.0f}]" if low is not None and high is not None else " (no interval: a level is too short for one)"
+    told = " (no interval: a level is too short for one)"
+    if low is not None and high is not None:
+        # A redrawn peak on the first or the last level says only that the knee may lie outside.
+        fewer, further = " or fewer" if low < 1.001 * copies[0] else "", " or more" if high > 0.999 * copies[-1] else ""
+        told = f" [{low:.0f}{fewer} – {high:.0f}{further}]"
     why = "there (tokens/s)² / copies is largest, and beyond it a further copy adds less than half of its share"
     return Knee(copies=at, low=low, high=high, sentence=f"The knee is at {at:.0f} copies{told}: {why}.")
 

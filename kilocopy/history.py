@@ -176,7 +176,9 @@ def group(rows: list[dict[str, Any]]) -> list[Series]:
     for row in rows:
         spec, host = json.loads(row["spec"] or "{}"), json.loads(row["hardware"] or "{}")
         cluster = {key: (spec.get("cluster") or {}).get(key) for key in ("replicas", "hardware")}
-        alike = [{key: spec.get(key) for key in SAME}, (spec.get("model") or {}).get("id"), cluster, host.get("cpu"), host.get("gpus")]
+        # The kind of card, not the very card: a rented one is another each time.
+        gpus = sorted(gpu.get("name", "") if isinstance(gpu, dict) else str(gpu) for gpu in host.get("gpus") or [])
+        alike = [{key: spec.get(key) for key in SAME}, (spec.get("model") or {}).get("id"), cluster, host.get("cpu"), gpus]
         found.setdefault(json.dumps(alike, sort_keys=True, default=str), []).append(row)
     return [_series(mine) for mine in sorted(found.values(), key=len, reverse=True)]
 
@@ -202,25 +204,39 @@ def _point(row: dict[str, Any]) -> Point:
 
 
 def trend(figure: str, points: list[Point]) -> Trend:
-    """The change a year of one figure. Joules of another source are another figure, and are not put on one line."""
+    """The change a year of one figure, on the means of days: runs of one day share what that day's machine was, and are no separate witnesses.
+
+    Joules of another source are another figure, and are not put on one line.
+    """
     known = [(point, value) for point in points if (value := getattr(point, figure)) is not None and value > 0]
     sources = {point.energy_source for point, _ in known}
     if figure == "wh_per_page" and len(sources) > 1:
         return _no_trend(figure, known, f"the energy is {' in some runs and '.join(sorted(str(s) for s in sources))} in others")
-    days = np.array([point.started_at.timestamp() / 86400 for point, _ in known])
-    if len(known) < POINTS_MIN:
-        return _no_trend(figure, known, f"{len(known)} run{'s' if len(known) != 1 else ''} with this figure, and a trend needs {POINTS_MIN}")
-    if np.ptp(days) < 1:
-        return _no_trend(figure, known, "all runs are of one day")
-    if np.ptp(np.log([value for _, value in known])) < SAME_TO:
+    days, logs = np.array([point.started_at.timestamp() / 86400 for point, _ in known]), np.log([value for _, value in known])
+    dates = np.floor(days)
+    each = np.unique(dates)
+    if said := _too_few(len(known), len(each)):
+        return _no_trend(figure, known, said)
+    if np.ptp(logs) < SAME_TO:
         return _no_trend(figure, known, "it is the same in all runs")
-    slope, error, freedom = line(days / DAYS_PER_YEAR, np.log([value for _, value in known]))
+    slope, error, freedom = line(
+        np.array([days[dates == date].mean() for date in each]) / DAYS_PER_YEAR, np.array([logs[dates == date].mean() for date in each])
+    )
     half = float(stdtrit(freedom, 0.975)) * error
     low, high = slope - half, slope + half
     if max(abs(low), abs(high)) > math.log(100):
         return _no_trend(figure, known, f"{np.ptp(days):.0f} days are too few for a rate a year: its interval spans a factor of over 100")
     ends = [math.exp(value) - 1 for value in (slope, low, high)]
     return Trend(figure=figure, per_year=ends[0], low=ends[1], high=ends[2], runs=len(known), days=float(np.ptp(days)))
+
+
+def _too_few(runs: int, days: int) -> str | None:
+    """Why so many runs of so many days carry no trend; None where they do."""
+    if runs < POINTS_MIN:
+        return f"{runs} run{'s' if runs != 1 else ''} with this figure, and a trend needs {POINTS_MIN}"
+    if days < POINTS_MIN:
+        return f"all runs are of {'one day' if days == 1 else f'{days} days'}, and a trend needs {POINTS_MIN}"
+    return None
 
 
 def _no_trend(figure: str, known: list[Any], why: str) -> Trend:
@@ -272,6 +288,8 @@ def _about(series: Series) -> list[str]:
     said = [_said(one) for one in series.trends]
     if len({point.prices for point in series.points}) > 1:
         said.append("The prices in the specs changed between these runs, so the trend of $/page is theirs too.")
+    if len({point.copies for point in series.points}) > 1:
+        said.append("The runs are told at different copies (each at its own headline's), so a trend is that of the answer and not of one load.")
     if any(point.energy_source == "assumed" for point in series.points):
         said.append("Energy is assumed, not measured, in some or all runs: Wh/page then moves with the speed alone.")
     return said

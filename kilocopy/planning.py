@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -47,15 +49,27 @@ class Level:
     ttft_p50_s: float
 
 
+def together(runs: Sequence[Finished]) -> Finished:
+    """Repeats of a run as one: the first, with the stages of all. Raises ProblemError for runs that are no repeats of each other."""
+    first = runs[0]
+    for other in runs[1:]:
+        if other.key != first.key:
+            raise ProblemError(f"{other.path}: is no repeat of {first.path}: its spec, its engine's version or its driver's host differs; name repeats of one run")
+    return replace(first, summary=first.summary.model_copy(update={"stages": [stage for run in runs for stage in run.summary.stages]}))
+
+
 def levels(run: Finished) -> list[Level]:
-    """The closed stages that can be fitted, by copies. Raises ProblemError where they are too few, or make no sense together."""
+    """The closed stages that can be fitted, by copies; of stages that repeat a level the medians.
+
+    Raises ProblemError where they are too few, or make no sense together.
+    """
     spec = known_spec(run)
     if spec.cluster.replicas != 1:
         raise ProblemError(f"{run.path}: {spec.cluster.replicas} replicas were measured; a plan is fitted on one: run the spec with cluster.replicas: 1")
     if spec.workload.samples > 1:
         raise ProblemError(f"{run.path}: its requests ask for {spec.workload.samples} samples each; a plan is fitted on a run with workload.samples: 1")
     found = [level for stage in run.summary.stages if (level := _level(stage)) is not None]
-    found = list({level.copies: level for level in sorted(found, key=lambda one: one.copies)}.values())
+    found = [_median([level for level in found if level.copies == copies]) for copies in sorted({level.copies for level in found})]
     if len(found) < LEVELS_MIN:
         raise ProblemError(
             f"{run.path}: {len(found)} closed stages of different copies are valid with their latency; a frontier needs {LEVELS_MIN} or more (for example 1, 8, 32, 128)"
@@ -92,6 +106,17 @@ def _level(stage: Stage) -> Level | None:
         ttft_s=np.asarray(np.quantile(stage.ttft_values_s, (np.arange(QUANTILES) + 0.5) / QUANTILES), dtype=np.float64),
         tokens_per_s=through.output_tokens_per_s.value,
         ttft_p50_s=latency.ttft_s.p50,
+    )
+
+
+def _median(repeats: list[Level]) -> Level:
+    return Level(
+        copies=repeats[0].copies,
+        in_step=median(one.in_step for one in repeats),
+        step_s=median(one.step_s for one in repeats),
+        ttft_s=np.asarray(np.median([one.ttft_s for one in repeats], axis=0), dtype=np.float64),
+        tokens_per_s=median(one.tokens_per_s for one in repeats),
+        ttft_p50_s=median(one.ttft_p50_s for one in repeats),
     )
 
 
@@ -253,6 +278,7 @@ class Bill(Frozen):
     devices: float
     hardware_usd_per_h: float
     electricity_usd_per_h: float | None
+    energy_source: str | None  # of the joules behind it: measured or assumed
     usd_per_h: float
     pages_per_h: float | None
     usd_per_page: float | None
@@ -273,10 +299,17 @@ def bill(spec: Spec, run: Finished, outcome: Outcome) -> Bill:
         devices=devices,
         hardware_usd_per_h=devices * per_device,
         electricity_usd_per_h=power if isinstance(hardware, Owned) else None,
+        energy_source=_energy_source(run) if isinstance(hardware, Owned) and power is not None else None,
         usd_per_h=total,
         pages_per_h=pages,
         usd_per_page=total / pages if pages else None,
     )
+
+
+def _energy_source(run: Finished) -> str:
+    """Assumed where any stage's joules are."""
+    sources = {stage.cost.energy_source for stage in run.summary.stages if stage.cost and stage.cost.j_per_output_token}
+    return "measured" if sources == {"measured"} else "assumed"
 
 
 def _joules_per_token(run: Finished, copies: float) -> float | None:
@@ -314,26 +347,29 @@ class Deviation(Frozen):
 
 
 def deviations(replica: Replica, spec: Spec, run: Finished) -> list[Deviation]:
-    """The stages of a run (of any number of replicas of the same spec) against the simulation of the fitted replica."""
+    """The stages of a run (of any number of replicas of the same spec) against the simulation of the fitted replica; of repeats the medians."""
     replicas = known_spec(run).cluster.replicas
-    found = []
+    loads: dict[Asked, list[tuple[str, float, float]]] = {}
     for stage in run.summary.stages:
         asked = _asked(stage)
         if asked is None or stage.verdict.level != "valid" or stage.throughput is None or stage.latency is None or stage.latency.ttft_s is None:
             continue
+        if asked.copies <= replicas * replica.limit:
+            loads.setdefault(asked, []).append((stage.title, stage.throughput.output_tokens_per_s.value, stage.latency.ttft_s.p50))
+    found = []
+    for asked, seen in loads.items():
         outcome = play(replica, spec, asked, replicas)[0]
-        if outcome.ttft_p50_s is None or asked.copies > replicas * replica.limit:
-            continue
-        found.append(
-            Deviation(
-                load=stage.title,
-                replicas=replicas,
-                tokens_per_s=stage.throughput.output_tokens_per_s.value,
-                tokens_per_s_predicted=outcome.tokens_per_s,
-                ttft_p50_s=stage.latency.ttft_s.p50,
-                ttft_p50_s_predicted=outcome.ttft_p50_s,
+        if outcome.ttft_p50_s is not None:
+            found.append(
+                Deviation(
+                    load=seen[0][0] if len(seen) == 1 else f"{seen[0][0]}, {len(seen)} times",
+                    replicas=replicas,
+                    tokens_per_s=median(tokens_per_s for _, tokens_per_s, _ in seen),
+                    tokens_per_s_predicted=outcome.tokens_per_s,
+                    ttft_p50_s=median(ttft_s for _, _, ttft_s in seen),
+                    ttft_p50_s_predicted=outcome.ttft_p50_s,
+                )
             )
-        )
     return found
 
 

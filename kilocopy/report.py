@@ -475,7 +475,7 @@ def _overhang(summary: Summary) -> Iterator[str]:
     assert summary.overhang is not None  # noqa: S101  # the caller looked
     yield from (ratio_line(ratio) for ratio in summary.overhang.ratios)
     if summary.overhang.n_cluster is not None:
-        yield f"N_cluster: the training cluster would hold {number(summary.overhang.n_cluster)} copies."
+        yield f"N_cluster: the training cluster would hold {number(summary.overhang.n_cluster)} copies, if its GPUs are as fast as those that served."
 
 
 def corpus_lines(summary: Summary) -> Iterator[str]:

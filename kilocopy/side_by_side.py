@@ -142,7 +142,7 @@ def _compared(comparison: Comparison) -> list[str]:
 
 
 def _over_size(comparison: Comparison) -> list[Section]:
-    """$/page against parameters, where the sides have several sizes: each at its cheapest load, the same for all where there is one."""
+    """$/page against parameters, where the sides have several sizes: each at its own cheapest load; prices are at mid."""
     cheapest: dict[str, Spread] = {}
     for point in comparison.points:
         if point.usd_per_page and (point.side not in cheapest or point.usd_per_page.value < cheapest[point.side].value):
@@ -154,7 +154,7 @@ def _over_size(comparison: Comparison) -> list[Section]:
     law = sizes.fit(known)
     if isinstance(law, str):
         return [Section(title, sentences=[law])]
-    said = f"$/page ~ N^{law.alpha:.3g}, 95 % of the exponent [{law.low:.3g} – {law.high:.3g}], from {len(set(law.sizes))} measured sizes, each at its cheapest valid load."
+    said = f"$/page ~ N^{law.alpha:.3g}, 95 % of the exponent [{law.low:.3g} – {law.high:.3g}], from {len(set(law.sizes))} measured sizes, each at its own cheapest valid load, prices at mid."
     largest = max(law.sizes)
     rows = [[f"{number(size)} parameters", "measured" if size in law.sizes else "EXTRAPOLATED", *(money(value) for value in law.at(size))]
             for size in (*sorted(set(law.sizes)), 10 * largest, 1000 * largest)]  # fmt: skip

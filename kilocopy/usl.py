@@ -184,7 +184,7 @@ def _interval(value: float, drawn: Floats) -> Estimate:
 
 def _peak(best: tuple[float, float, float], drawn: Floats) -> Estimate:
     """sqrt((1 - sigma) / kappa)."""
-    sigma, kappa = drawn[:, 1], np.maximum(drawn[:, 2], 1e-12)
+    sigma, kappa = np.minimum(drawn[:, 1], 1.0), np.maximum(drawn[:, 2], 1e-12)  # a draw may lie beyond the fit's own bound of 1
     return _interval(math.sqrt((1 - best[1]) / best[2]), np.sqrt((1 - sigma) / kappa))
 
 

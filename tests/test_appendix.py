@@ -30,6 +30,7 @@ def test_llamas_rows() -> None:
     """8B: 0.070 J x 667 = 47 J a page; 1.46 M hours at 700 W = 1,022 MWh. 405B: 1,373 J, 21,588 MWh."""
     small, large = (results(appendix.llama(model)) for model in appendix.LLAMAS)
     assert small["energy of a page"] == pytest.approx(46.67 / 3600, rel=1e-3)
+    assert small["pages for a dollar, first reading"] == pytest.approx(1 / (5 * 0.10 * 46.67 / 3600 / 1000), rel=1e-3)
     assert small["R_energy"] == pytest.approx(1.022e9 / 0.012963, rel=1e-3)
     assert small["R_gpu_h"] == pytest.approx(1.46e6 * 9806 * 3600 / 666.7, rel=1e-3)
     assert large["R_energy"] == pytest.approx(21.588e9 / (2.06 * 666.67 / 3600), rel=1e-3)

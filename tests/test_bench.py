@@ -16,6 +16,7 @@ from bench import __main__ as bench_main
 from bench import clients, crosscheck
 from bench.levels import Level, honest_streams
 from bench.truth import Schedule, build, server
+from kilocopy.problem import ProblemError
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 
@@ -132,6 +133,10 @@ def test_vllms_detailed_result_is_counted_in_the_same_window() -> None:
     assert seen["tokens_per_s"] == pytest.approx(sum(0.3 - 1e-9 <= at < 1.1 for at in inside) / 0.8)
     assert seen["ttft_p50_s"] == pytest.approx(0.2)
     assert seen["tpot_p50_s"] == pytest.approx(0.1)
+    given = crosscheck.figures_of(result, copies=2, window=(0.45, 1.05))
+    assert given["tokens_per_s"] == pytest.approx(sum(0.45 <= at < 1.05 for at in inside) / 0.6)
+    with pytest.raises(ProblemError, match=r"from -0\.1 s to \+0\.7 s of kilocopy's window of 1\.0 s: not the whole of it"):
+        crosscheck.figures_of(result, copies=2, window=(0.4, 1.4))
 
 
 @needs_compiler

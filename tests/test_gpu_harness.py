@@ -60,10 +60,19 @@ def test_each_unit_asks_other_prompts(tmp_path: Path) -> None:
     asked = [{json.loads(line)["prompt"] for line in (tmp_path / name).read_text().splitlines()} for name in ("a", "b")]
     assert not asked[0] & asked[1]
     assert len(asked[1]) == len((tmp_path / "b").read_text().splitlines())  # and none twice
+    for group in plan.groups(rehearse=False, cores=16):
+        seeds = [unit.spec.workload.seed for unit in group.units]
+        assert len(set(seeds)) == len(seeds)
 
 
-def test_a_unit_is_another_when_what_it_measures_is() -> None:
+def test_a_unit_is_another_when_what_it_measures_is(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = plan.groups(rehearse=True, cores=2)[0].units[0]
+    key = unit.key
+    plan._here.cache_clear()
+    monkeypatch.setattr(plan, "machine", lambda: {"versions": {"ray": "another"}, "gpus": []})
+    assert unit.key != key
+    monkeypatch.undo()
+    plan._here.cache_clear()
     assert unit.key == plan.groups(rehearse=True, cores=2)[0].units[0].key
     assert unit.key != plan.groups(rehearse=True, cores=2)[0].units[1].key
     assert unit.key != plan.Unit(unit.name, unit.group, "bare", unit.spec, unit.workers).key
@@ -286,8 +295,13 @@ def test_the_tax_is_between_the_same_copies_on_the_same_kind_of_gpu(tmp_path: Pa
     measured(results, "demo2-4", "served", "demo2")
     said, text = collected(results)
     rows = {row["part"]: row for row in said["rows"]}
-    assert rows["8b-4"]["serving_tax"] == {"fraction": 0, "bare_tokens_per_s": rows["bare-4"]["tokens_per_s"], "same_gpu": False}
-    assert "0.0 % (another card of the kind)" in text
+    tax = rows["8b-4"]["serving_tax"]
+    assert (tax["fraction"], tax["bare_tokens_per_s"], tax["same_gpu"]) == (0, rows["bare-4"]["tokens_per_s"], False)
+    wide = [rows[name] | {f"tokens_per_s_{end}": by * rows[name]["tokens_per_s"] for end, by in (("low", 0.9), ("high", 1.1))} for name in ("8b-4", "bare-4")]
+    found = table.tax(wide[0], wide)
+    assert found is not None
+    assert (found["low"], found["high"]) == (pytest.approx(-0.152, abs=0.01), pytest.approx(0.132, abs=0.01))  # about 10 % x sqrt(2)
+    assert "(another card of the kind)" in text
     assert [rows[name]["serving_tax"] for name in ("8b-2", "bare-4", "demo2-4")] == [None, None, None]
     other = gpu_machine("GPU-2") | {"versions": {"vllm": "0.26.0"}}
     measured(results, "bare-4b", "bare", "bare", machine=other)

@@ -60,6 +60,7 @@ def test_a_line_without_noise_is_found_exactly() -> None:
     [
         ([point(0, 1.0), point(300, 0.9)], "2 runs with this figure, and a trend needs 3"),
         ([point(0, 1.0), point(0.1, 1.1), point(0.2, 0.9)], "all runs are of one day"),
+        ([point(day + n / 100, 1.0 + n / 1000) for day in (0, 300) for n in range(10)], "all runs are of 2 days, and a trend needs 3"),
         ([point(0, 1.0), point(100, 1.0), point(300, 1.0 + 1e-15)], "it is the same in all runs"),
         ([point(0, 1.0), point(1, 1.5), point(2, 0.9)], "2 days are too few for a rate a year"),
     ],

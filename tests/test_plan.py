@@ -146,6 +146,21 @@ def test_a_replica_that_was_made_up_is_found_again_and_two_of_it_predicted() -> 
             assert abs(one.ttft) < 0.2, one
 
 
+def test_of_repeats_the_medians_are_fitted_and_compared() -> None:
+    """One of three repeats was on a machine twice as slow: neither the fit nor what it is held against follows it."""
+    truth = made()
+    slow = Replica(2 * truth.step_s, 2 * truth.before_s, truth.limit)
+    one = planning.together([measured(replica, (1, 4, 16, 48)) for replica in (truth, slow, truth)])
+    fitted = planning.fit(planning.levels(one))
+    assert fitted.step_s[[1, 4, 16, 40]] == pytest.approx(truth.step_s[[1, 4, 16, 40]], rel=0.03)
+    two = planning.together([measured(replica, (2, 32), replicas=2) for replica in (slow, truth, truth)])
+    off = planning.deviations(fitted, planning.known_spec(one), two)
+    assert [deviation.load for deviation in off] == ["closed, 2 copies, 3 times", "closed, 32 copies, 3 times"]
+    assert all(abs(deviation.throughput) < 0.05 for deviation in off)
+    with pytest.raises(ProblemError, match="is no repeat of"):
+        planning.together([one, two])
+
+
 def test_the_smallest_fleet_is_the_smallest() -> None:
     run = measured(made(), (1, 4, 16, 48))
     spec, fitted = planning.known_spec(run), planning.fit(planning.levels(run))
