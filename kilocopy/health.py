@@ -19,7 +19,7 @@ from kilocopy.streams import Floats, Gaps, Streams
 from kilocopy.summary import Driver, Reason, Window, Worker
 from kilocopy.windows import Span
 
-BUNCHED_GAP_FRACTION = 0.10  # a gap under this share of the median gap, and under 1 ms, is near zero
+BUNCHED_GAP_FRACTION = 0.10  # a gap under this share of the mean gap, and under 1 ms, is near zero
 BUNCHED_GAP_S = 0.001
 BUNCHED_SHARE_MAX = 0.05
 DROPPED_FRACTION_MAX = 0.01
@@ -41,8 +41,11 @@ def lags_of(health: Health) -> Floats:
 
 
 def bunched_share(gaps: Gaps) -> float | None:
-    """Share of gaps between chunks that are near zero: under 10 % of the median gap and under 1 ms. None without a gap."""
-    return gaps.share_under(min(BUNCHED_GAP_FRACTION * gaps.quantiles_s([0.5])[0], BUNCHED_GAP_S)) if gaps.n else None
+    """Share of gaps between chunks that are near zero: under 10 % of the mean gap and under 1 ms. None without a gap.
+
+    Bunching leaves the mean as it was; the median it makes zero, once three chunks come together, and nothing is below that.
+    """
+    return gaps.share_under(min(BUNCHED_GAP_FRACTION * gaps.mean_s, BUNCHED_GAP_S)) if gaps.n else None
 
 
 def workers(health: Health, streams: Streams, inside: Streams, window: Window) -> list[Worker]:
@@ -201,15 +204,15 @@ def _bunched(inside: Streams, each: list[Worker]) -> tuple[list[Reason], list[Re
     """Near-zero gaps as reasons to withhold, or as notes where the driver cannot have made them.
 
     To bunch two chunks a worker must leave the first unread until the second is there, so it must sleep for most of a gap. A loop
-    that woke within half a median gap (p99) did not; then the server, or a proxy, sent them together.
+    that woke within half a mean gap (p99) did not; then the server, or a proxy, sent them together.
     """
     reasons, notes = [], []
     for one in each:
         if (one.near_zero_gap_fraction or 0) <= BUNCHED_SHARE_MAX:
             continue
         said = f"{100 * (one.near_zero_gap_fraction or 0):.1f} % of the gaps between chunks{_of(one, each)} are near zero"
-        median_s = inside.where(inside.worker == one.worker).gaps.quantiles_s([0.5])[0]
-        if one.loop_lag_p99_s is not None and one.loop_lag_p99_s < 0.5 * median_s:
+        mean_s = inside.where(inside.worker == one.worker).gaps.mean_s
+        if one.loop_lag_p99_s is not None and one.loop_lag_p99_s < 0.5 * mean_s:
             notes.append(Reason(code="bunched-by-server", sentence=f"{said}; the driver was awake: the server or a proxy sent them so."))
         else:
             why = f"{said} (limit {100 * BUNCHED_SHARE_MAX:g} %): the driver read chunks together."

@@ -78,12 +78,13 @@ def batch_means(totals: Floats, start_s: float, end_s: float) -> Estimate:
 
 
 def error_fraction(streams: Streams, start_s: float, end_s: float, *, dropped: bool = False) -> float:
-    """Errors over requests that ended inside the window; those that the driver cancelled count on neither side.
+    """Errors over requests that were open inside the window, whenever they ended; those that the driver cancelled count on neither side.
 
-    With `dropped`, arrivals that were planned in it and never sent count as errors: their user got nothing.
+    A request that hangs ends at its timeout, which is often longer than the window: counted by their ends alone, copies that hang
+    would be in flight and fail nowhere. With `dropped`, arrivals that were planned in it and never sent count as errors: their user got nothing.
     """
-    ended = (streams.finished_s > start_s) & (streams.finished_s <= end_s)
-    failed, ok = int((ended & streams.failed).sum()), int((ended & streams.ok).sum())
+    lay_in = (streams.finished_s > start_s) & (streams.scheduled_s < end_s)
+    failed, ok = int((lay_in & streams.failed).sum()), int((lay_in & streams.ok).sum())
     if dropped:
         failed += int((streams.dropped & (streams.scheduled_s >= start_s) & (streams.scheduled_s < end_s)).sum())
     return failed / (failed + ok) if failed + ok else 0.0
@@ -94,7 +95,7 @@ def _error_reasons(streams: Streams, start_s: float, end_s: float, slo: Slo) -> 
     if fraction <= slo.error_fraction_max:
         return []
     limit = f"slo.error_fraction_max is {100 * slo.error_fraction_max:g} %"
-    return [Reason(code="too-many-errors", sentence=f"{100 * fraction:.2f} % of the requests that ended failed ({limit}).")]
+    return [Reason(code="too-many-errors", sentence=f"{100 * fraction:.2f} % of the requests failed ({limit}).")]
 
 
 def _copies_reasons(streams: Streams, window: summary.Window, asked: int) -> list[Reason]:

@@ -101,6 +101,7 @@ def plan(spec: Spec, index: int, worker: int = 0, workers: int = 1, *, level: in
     if not isinstance(stage, ClosedStage):
         return _open_plan(stage, seed, index, level, worker, workers)
     warm_s = stage.ramp_s + stage.warmup_s
+    asking = min(workers, stage.copies)  # workers that own a copy; the others have nobody to send a request
     offsets_s = starts_s(stage.copies, stage.ramp_s, draw(seed, "starts", index, level))
     mine = (CopyStart(copy, offsets_s[copy]) for copy in owned(stage.copies, worker, workers))
     return ClosedPlan(
@@ -110,7 +111,7 @@ def plan(spec: Spec, index: int, worker: int = 0, workers: int = 1, *, level: in
         ramp_s=stage.ramp_s,
         warm_s=warm_s,
         stop_s=None if stage.duration_s is None else warm_s + stage.duration_s,
-        requests=None if stage.requests is None else share(stage.requests, worker, workers),
+        requests=None if stage.requests is None else share(stage.requests, worker, asking) if worker < asking else 0,
     )
 
 

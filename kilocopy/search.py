@@ -48,7 +48,10 @@ def wilson(attained: int, judged: int, z: float = Z_95) -> tuple[float, float]:
 def attains(row: Mapping[str, Any], slo: Slo, *, from_scheduled: bool, samples: int = 1) -> bool:
     """Whether an ok row (records.REQUESTS) held the SLO: TTFT from its scheduled time in open loop, else from its send; and the
     speed (tokens - 1) / (last - first), tokens of the mean sample where a request asks for several. One token alone has no speed to miss.
+    Tokens that made no text (an end at once, a call of a tool alone) never showed a first one: their user got nothing to read.
     """
+    if row["first_token_ns"] is None:
+        return False
     begun_ns = row["scheduled_ns"] if from_scheduled else row["sent_ns"]
     soon = row["first_token_ns"] - begun_ns <= slo.ttft_s * 1e9
     steps = max(row["output_tokens"] / samples - 1, 0)

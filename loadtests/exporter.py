@@ -105,7 +105,7 @@ class Exporter:
         open_loop = self._open_loop[row["stage"]]
         if row["outcome"] != "cancelled":
             self._counters[metrics.SLO_JUDGED][stage] += 1
-            held = row["outcome"] == "ok" and attains(row, self._spec.slo, from_scheduled=open_loop)
+            held = row["outcome"] == "ok" and attains(row, self._spec.slo, from_scheduled=open_loop, samples=self._spec.workload.samples)
             self._counters[metrics.SLO_ATTAINED][stage] += held
         if row["sent_ns"] is not None:
             self._histograms[metrics.SEND_LAG].add_one(stage, (row["sent_ns"] - row["scheduled_ns"]) / 1e9)

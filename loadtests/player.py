@@ -117,7 +117,8 @@ class Player:
             self._play_arrivals(level)
         level.stopped.set()
         health = recorder.since_mark()
-        recorder.events.write("stage_stop_asking", **place)
+        if not isinstance(plan, ClosedPlan) or plan.starts or plan.stop_s is not None:  # who has no copy has not stopped asking
+            recorder.events.write("stage_stop_asking", **place)
         self.phase = "drain"
         level.drained()
         if mark is not None:
@@ -279,8 +280,10 @@ class Player:
 
 
 def _tpot_s(row: dict[str, Any], samples: int) -> float | None:
-    """Time per token of a request, or of the mean sample of one with several."""
+    """Time per token of a request, or of the mean sample of one with several; None where there is none: no text, or never sent."""
+    if row["outcome"] != "ok" or row["first_token_ns"] is None:
+        return None
     tokens = (row["output_tokens"] or 0) / samples
-    if row["outcome"] != "ok" or tokens < 2:
+    if tokens < 2:
         return None
     return float((row["last_token_ns"] - row["first_token_ns"]) / 1e9 / (tokens - 1))

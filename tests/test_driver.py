@@ -266,6 +266,17 @@ def test_a_search_stops_where_the_slo_is_missed(tmp_path: Path, started: list[Dr
     assert {event["load"] for event in records.read_events(tmp_path) if event["event"] == "stage_start"} == {2, 1}
 
 
+def test_a_rate_that_finds_no_room_ends_the_search_below_it(tmp_path: Path, started: list[Drive]) -> None:
+    """Two places of 0.3 s take 7 requests a second: the arrivals dropped at 20 are errors of that level, and the search goes down."""
+    times = {"window_s": 1, "warmup_s": 0.2, "repeats": 0, "precision_fraction": 0.5}
+    stage = {"arrival": "search", "over": "rate_per_s", "start": 20, "limit": 20, "max_in_flight": 2, **times}
+    with Server("ok", tokens=3, ttft_s=0.3, itl_s=0.002) as server:
+        started.append(drive := Drive(tmp_path, server.url, open_spec(stage)))
+        assert drive.wait() == 0, drive.err
+    assert outcomes(drive)["dropped"] > 0
+    assert [event["load"] for event in records.read_events(tmp_path) if event["event"] == "stage_start"] == [20, 10]
+
+
 def test_several_workers_share_a_stage(tmp_path: Path, started: list[Drive]) -> None:
     played = spec({"copies": 5, "duration_s": 3}, {"copies": 1, "requests": 3}, {"copies": 4, "requests": 8})
     with Server("ok", tokens=10, ttft_s=0.03, itl_s=0.01) as server:
@@ -274,10 +285,12 @@ def test_several_workers_share_a_stage(tmp_path: Path, started: list[Drive]) -> 
     rows = drive.rows
     assert {row["outcome"] for row in rows} == {"ok"}
     assert len({(row["stage"], row["copy"], row["sequence"]) for row in rows}) == len(rows) == len(server.requests)
+    assert Counter(row["stage"] for row in rows)[1] == 3  # one copy, two workers: none of its requests is left to who has no copy
     assert {(row["worker"], row["copy"]) for row in rows if row["stage"] == 0} == {(copy % 2, copy) for copy in range(5)}
     events = records.read_events(tmp_path)
     assert {event["process"] for event in events} == {"master", "worker0", "worker1"}
     assert [event["reason"] for event in events if event["event"] == "run_end"] == ["complete"] * 3
+    assert [event["process"] for event in events if event["event"] == "stage_stop_asking" and event["stage"] == 1] == ["worker0"]
     begun = [event["time_ns"] for event in events if event["event"] == "stage_start" and event["stage"] == 0]
     assert abs(begun[0] - begun[1]) < 0.2e9
 

@@ -61,23 +61,24 @@ GAPS = np.array([20_000, 20_000, 20_001], np.uint32)
 def test_counters_and_histograms_are_the_rows(exporter: Exporter) -> None:
     exporter.finished(row(), GAPS)
     exporter.finished(row(first_token_ns=1_050_000_000, last_token_ns=1_110_000_000), GAPS)
+    exporter.finished(row(first_token_ns=None, last_token_ns=None, output_tokens=0), np.empty(0, np.uint32))  # an end at once: no text
     exporter.finished(row(outcome="http_429", first_token_ns=None), np.empty(0, np.uint32))
     exporter.finished(row(outcome="cancelled"), GAPS)
     exporter.finished(row(outcome="dropped", stage=1, sent_ns=None), np.empty(0, np.uint32))
     seen, stage = page(exporter), ("stage", "0")
-    assert seen["kilocopy_requests_total", (("outcome", "ok"), stage)] == 2
+    assert seen["kilocopy_requests_total", (("outcome", "ok"), stage)] == 3
     assert seen["kilocopy_requests_total", (("outcome", "dropped"), ("stage", "1"))] == 1
     assert seen["kilocopy_output_tokens_total", (stage,)] == 8
-    assert seen["kilocopy_output_words_total", (stage,)] == 6
-    assert seen["kilocopy_prompt_tokens_total", (stage,)] == 14
-    assert (seen["kilocopy_slo_judged_total", (stage,)], seen["kilocopy_slo_attained_total", (stage,)]) == (3, 1)
+    assert seen["kilocopy_output_words_total", (stage,)] == 9
+    assert seen["kilocopy_prompt_tokens_total", (stage,)] == 21
+    assert (seen["kilocopy_slo_judged_total", (stage,)], seen["kilocopy_slo_attained_total", (stage,)]) == (4, 1)
     assert seen["kilocopy_slo_judged_total", (("stage", "1"),)] == 1  # what could not be sent missed it
     gaps = {edge: seen["kilocopy_inter_chunk_seconds_bucket", (("le", edge), stage)] for edge in ("0.015", "0.02", "0.03", "+Inf")}
     assert gaps == {"0.015": 0, "0.02": 4, "0.03": 6, "+Inf": 6}  # a value on an edge is inside
     assert seen["kilocopy_inter_chunk_seconds_sum", (stage,)] == pytest.approx(0.120002)
     assert seen["kilocopy_ttft_seconds_bucket", (("le", "0.1"), stage)] == 1
     assert seen["kilocopy_ttft_seconds_count", (stage,)] == 2
-    assert seen["kilocopy_send_lag_seconds_count", (stage,)] == 4
+    assert seen["kilocopy_send_lag_seconds_count", (stage,)] == 5
 
 
 def test_open_loop_counts_from_when_it_was_due(exporter: Exporter) -> None:
@@ -174,3 +175,17 @@ def test_a_running_driver_serves_it(tmp_path: Path) -> None:
     ok = sum(sample.value for sample in samples if sample.name == "kilocopy_requests_total" and sample.labels["outcome"] == "ok")
     assert ok >= 10
     assert load(CHECKOUT / "loadtests/specs/smoke.yaml").name in {sample.labels["cluster"] for sample in samples}
+
+
+def test_speed_is_judged_by_the_mean_sample() -> None:
+    """4 tokens of two samples in 60 ms: one step each, 17 tokens/s."""
+    tree = spec().model_dump(mode="json")
+    tree["slo"] |= {"tokens_per_s_per_copy": 30, "ttft_s": 5}
+    attained = {}
+    for samples in (1, 2):
+        tree["workload"]["samples"] = samples
+        exporter = Exporter(CONSTANT, Spec.model_validate(tree))
+        exporter.finished(row(), GAPS)
+        attained[samples] = page(exporter)["kilocopy_slo_attained_total", (("stage", "0"),)]
+        exporter.close()
+    assert attained == {1: 1, 2: 0}

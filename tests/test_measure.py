@@ -214,6 +214,20 @@ def test_void_with_too_many_errors(tmp_path: Path) -> None:
     assert "4.76 %" in verdict.reasons[0].sentence
 
 
+def test_copies_that_hang_past_the_window_are_errors(tmp_path: Path) -> None:
+    """One of two copies hangs from the middle of the window until its timeout, long after it."""
+    run = Run(tmp_path, synthetic.spec((2,)))
+    ended_s = [0.0, 0.5]
+    for copy, until_s in enumerate((22, 10)):
+        while ended_s[copy] < until_s:
+            ended_s[copy] = run.stream(ended_s[copy], copy=copy)
+    run.failure(ended_s[1], 70, outcome="timeout_stall", copy=1)
+    run.marks(0, 0, 22, 70)
+    stage = stage_of(run.end(75))
+    assert stage.window is not None
+    assert "too-many-errors" in codes(stage.verdict.reasons)
+
+
 def test_cancelled_streams_are_no_errors(tmp_path: Path) -> None:
     run = one_copy(tmp_path)
     run.stage()
@@ -304,7 +318,7 @@ BUNCHED = (0.2, 0.0) * 4 + (0.1,)  # 4 of 9 gaps are nothing
 
 
 def test_bunched_chunks_of_a_sleepy_driver_withhold_latency(tmp_path: Path) -> None:
-    """The median gap is 0.1 s; a driver that sleeps for 60 ms can have made the bunches."""
+    """The mean gap is 0.1 s; a driver that sleeps for 60 ms can have made the bunches."""
     run = one_copy(tmp_path)
     run.stage(gaps_s=BUNCHED)
     for second in range(20):
@@ -329,6 +343,15 @@ def test_bunched_chunks_under_a_wakeful_driver_are_the_servers(tmp_path: Path) -
     verdict = stage_of(run.end(25)).verdict
     assert verdict.level == "valid"
     assert "bunched-by-server" in codes(verdict.notes)
+
+
+def test_three_chunks_read_together_are_bunched_too(tmp_path: Path) -> None:
+    """6 of 9 gaps are nothing, so the median gap is nothing too."""
+    run = one_copy(tmp_path)
+    run.stage(gaps_s=(0.3, 0.0, 0.0) * 3)
+    stage = stage_of(run.end(25))
+    assert "bunched-by-server" in codes(stage.verdict.notes)
+    assert stage.driver.workers[0].near_zero_gap_fraction == pytest.approx(6 / 9)
 
 
 def test_notes_name_the_shared_host_and_a_short_window(tmp_path: Path) -> None:

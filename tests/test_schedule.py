@@ -74,6 +74,14 @@ def test_shares_add_up(total: int, workers: int) -> None:
 
 
 @given(COPIES, WORKERS)
+def test_requests_are_shared_among_the_workers_that_have_a_copy(copies: int, workers: int) -> None:
+    parts = [schedule.plan(with_stages({"copies": copies, "requests": 500}), 0, worker, workers) for worker in range(workers)]
+    held = [(len(part.starts), part.requests or 0) for part in parts if isinstance(part, ClosedPlan)]
+    assert sum(requests for _, requests in held) == 500
+    assert all(starts or not requests for starts, requests in held)
+
+
+@given(COPIES, WORKERS)
 def test_the_plan_does_not_depend_on_the_number_of_workers(copies: int, workers: int) -> None:
     spec = with_stages({"copies": copies, "requests": 500, "ramp_s": 3})
     whole = schedule.plan(spec, 0)

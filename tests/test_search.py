@@ -156,6 +156,7 @@ def test_a_stream_attains_by_speed_and_ttft() -> None:
     assert not attains(row(2.1, 10.5, 50), SLO, from_scheduled=False)
     assert not attains(row(1.9, 9.5, 50), SLO, from_scheduled=False)
     assert attains(row(1.9, 1, 1), SLO, from_scheduled=False)  # one token has no speed
+    assert not attains(row(1.9, 10.5, 50) | {"first_token_ns": None, "last_token_ns": None}, SLO, from_scheduled=False)  # no text came
     late = row(1.5, 10.5, 50, lag_s=0.6)
     assert attains(late, SLO, from_scheduled=False)
     assert not attains(late, SLO, from_scheduled=True)  # open loop: the wait before the send is the user's too
