@@ -55,12 +55,10 @@ class Level:
 
 
 def honest_streams(levels: Sequence[Level]) -> int | None:
-    """The largest concurrency that is honest, all smaller ones too; void levels count for neither. None where none is."""
+    """The largest concurrency that is honest, all smaller ones too: a void level, which shows nothing, ends it. None where none is."""
     found = None
     for level in sorted(levels, key=lambda level: level.streams):
-        if level.void:
-            continue
-        if not level.honest:
+        if level.void or not level.honest:
             break
         found = level.streams
     return found

@@ -119,9 +119,10 @@ def _speed_limit(spec: Spec, speed: float, ordered: Sequence[Played], gpus: floa
 def _judged(one: Played, slo: Slo) -> search.Level:
     """A level as a search would judge it at this speed."""
     stage = one.stage
-    sound = stage.verdict.level == "valid" and stage.window is not None
-    judged, attained = measure.held_speed(one.spec, one.recorded, one.span, slo) if sound else (0, 0)
-    return search.Level(float(stage.copies.asked or 0), judged, attained, stage.copies.error_fraction or 0.0, sound)
+    valid = stage.verdict.level == "valid" and stage.window is not None
+    judged, attained = measure.held_speed(one.spec, one.recorded, one.span, slo) if valid else (0, 0)
+    errors = any(reason.code == "too-many-errors" for reason in stage.verdict.reasons) and not stage.driver.limited
+    return search.Level(float(stage.copies.asked or 0), judged, attained, stage.copies.error_fraction or 0.0, valid or errors)
 
 
 def _limit_sentence(slo: Slo, answer: frontier.Held, tried: Sequence[int], crossing: Any) -> str:

@@ -12,7 +12,7 @@ REASONS = {
     "precise": "held and missed loads are as close as precision_fraction asks",
     "limit": "it is the search's limit, so the true one may be larger",
     "first_missed": "already the smallest load missed it",
-    "unsound": "the driver, and not the server, was the limit at the next load",
+    "unsound": "the driver, and not the server, was the limit at the next load, or its level is void",
     "unfinished": "the search did not come to its end",
 }
 
@@ -31,7 +31,7 @@ def searches(spec: Spec, stages: Sequence[Stage]) -> list[Search]:
 
 
 def _search(index: int, asked: SearchStage, stages: Sequence[Stage], slo: Slo) -> Search:
-    tried = [as_level(stage) for stage in stages]
+    tried = [as_level(stage, slo) for stage in stages]
     answer = search.answer(asked, tried, slo)
     return Search(
         stage=index,
@@ -45,10 +45,13 @@ def _search(index: int, asked: SearchStage, stages: Sequence[Stage], slo: Slo) -
     )
 
 
-def as_level(stage: Stage) -> search.Level:
-    """A measured level as the search judges it: unsound where the driver decided, or where it was not played to its end."""
+def as_level(stage: Stage, slo: Slo) -> search.Level:
+    """A measured level as the search judges it: unsound where the driver decided, where it was not played to its end, and where it is
+    void for whatever else but errors and a full house, which are the server's own and miss the SLO.
+    """
     codes = {reason.code for reason in stage.verdict.reasons}
     sound = not stage.driver.limited and "interrupted" not in codes and stage.copies.error_fraction is not None
+    sound = sound and ((stage.copies.error_fraction or 0.0) > slo.error_fraction_max or codes <= {"sends-dropped"})
     attained = stage.copies.slo_attained
     return search.Level(
         load=stage.load or 0.0,
@@ -154,7 +157,7 @@ def slo_words(slo: Slo) -> str:
 
 def _n_slo_sentence(slo: Slo, held: Stage | None, stages: Sequence[Stage], found: Sequence[Search]) -> str:
     """What N_SLO is, or why there is none; where a smaller load missed the SLO, it says so."""
-    rates = " ".join(_besides(one) for one in found)
+    rates = " ".join(_besides(one, stages) for one in found)
     if held is None and rates:
         return rates
     if held is None:
@@ -169,9 +172,9 @@ def _n_slo_sentence(slo: Slo, held: Stage | None, stages: Sequence[Stage], found
     return f"{held.copies.asked} {copies} held {slo_words(slo)} ({attained}).{aside}{bound} {rates}".strip()
 
 
-def _besides(found: Search) -> str:
-    """What a search says that is not N_SLO: a rate, that nothing held, or copies that no valid level vouches for."""
-    if found.over == "rate_per_s" or found.answer is None:
+def _besides(found: Search, stages: Sequence[Stage]) -> str:
+    """What a search says that is not N_SLO: a rate, that nothing held, or a load that no valid level vouches for."""
+    if found.answer is None or (found.over == "rate_per_s" and _searched(stages, [found], found.over)):
         return found.sentence
     return f"The search of stage {found.stage} came to {load(found.answer, found.over)}, but no level of that load is valid."
 

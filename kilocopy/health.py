@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from kilocopy.recording import Health
+from kilocopy.schedule import share
 from kilocopy.search import CPU_FRACTION_MAX, LAG_ITL_FRACTION, LAG_S_MAX, SEND_LAG_S_MAX
-from kilocopy.streams import Floats, Gaps, Streams
+from kilocopy.streams import Floats, Gaps, Mask, Streams
 from kilocopy.summary import Driver, Reason, Window, Worker
 from kilocopy.windows import Span
 
 BUNCHED_GAP_FRACTION = 0.10  # a gap under this share of the mean gap, and under 1 ms, is near zero
 BUNCHED_GAP_S = 0.001
+CLOCK_S = 1e-6  # gaps are recorded in whole microseconds
 BUNCHED_SHARE_MAX = 0.05
 DROPPED_FRACTION_MAX = 0.01
 FULL_FRACTION = 0.98  # of max_in_flight: drops at this or more are its doing
@@ -41,11 +43,11 @@ def lags_of(health: Health) -> Floats:
 
 
 def bunched_share(gaps: Gaps) -> float | None:
-    """Share of gaps between chunks that are near zero: under 10 % of the mean gap and under 1 ms. None without a gap.
+    """Share of gaps between chunks that are near zero: under 10 % of the mean gap and under 1 ms, or nothing. None without a gap.
 
     Bunching leaves the mean as it was; the median it makes zero, once three chunks come together, and nothing is below that.
     """
-    return gaps.share_under(min(BUNCHED_GAP_FRACTION * gaps.mean_s, BUNCHED_GAP_S)) if gaps.n else None
+    return gaps.share_under(max(min(BUNCHED_GAP_FRACTION * gaps.mean_s, BUNCHED_GAP_S), CLOCK_S)) if gaps.n else None
 
 
 def workers(health: Health, streams: Streams, inside: Streams, window: Window) -> list[Worker]:
@@ -127,7 +129,7 @@ def judge(
     `samples` of one request come mixed, each step's together: near-zero gaps between them say nothing of the driver.
     """
     each = workers(health, streams, inside, window)
-    lost, late = _lost(span), _sends_late(each)
+    lost, late = [*_lost(span), *sockets(span)], _sends_late(each)
     dropped, by_server = _sends_dropped(streams, window, max_in_flight)
     voids = [*lost, *too_slow, *late, *dropped]
     bunched, notes = _bunched(inside, each) if samples == 1 else ([], [])
@@ -145,6 +147,14 @@ def _lost(span: Span) -> list[Reason]:
     which = ", ".join(str(worker) for worker in span.lost)
     said = f"Driver worker {which} was lost in this stage: its open streams are missing, and its share of the load with them."
     return [Reason(code="worker-lost", sentence=f"{said} What it recorded before is kept.")]
+
+
+def sockets(span: Span) -> list[Reason]:
+    """Requests for which the driver's host had no socket or port left: their errors are not the server's."""
+    if not span.socketless:
+        return []
+    said = f"The driver's host had no socket or port left for {span.socketless} requests, which failed without reaching the server."
+    return [Reason(code="driver-sockets", sentence=said)]
 
 
 def _sends_late(each: list[Worker]) -> list[Reason]:
@@ -172,13 +182,28 @@ def _sends_dropped(streams: Streams, window: Window, max_in_flight: int | None) 
     if not planned or len(dropped_s) <= DROPPED_FRACTION_MAX * planned or max_in_flight is None:
         return [], False
     said = f"{len(dropped_s)} of {planned} arrivals ({100 * len(dropped_s) / planned:.1f} %) were never sent"
-    open_ = streams.where(~np.isnan(streams.sent_s) & ~np.isnan(streams.finished_s))
-    held = np.searchsorted(np.sort(open_.sent_s), dropped_s, "right") - np.searchsorted(np.sort(open_.finished_s), dropped_s, "right")
-    if float(np.median(held)) >= FULL_FRACTION * max_in_flight:
+    held, slots = _held_beside(streams, due & streams.dropped, max_in_flight)
+    if float(np.median(held / slots)) >= FULL_FRACTION:
         why = f"max_in_flight ({max_in_flight}) was reached, since the server did not keep up; ask for a lower rate, or raise max_in_flight"
         return [Reason(code="sends-dropped", sentence=f"{said}: {why}.")], True
-    why = f"the driver had no stream ready though only {float(np.median(held)):.0f} of max_in_flight ({max_in_flight}) were open"
+    why = f"the driver had no stream ready though only {float(np.median(held)):.0f} of a worker's {float(np.median(slots)):.0f} were open"
     return [Reason(code="sends-dropped", sentence=f"{said}: {why}.")], False
+
+
+def _held_beside(streams: Streams, dropped: Mask, max_in_flight: int) -> tuple[Floats, Floats]:
+    """How many streams its own worker had taken up when each arrival was dropped, and how many that worker may: its share.
+
+    A stream counts from when it was due: one that still waits for its connection holds its place as well.
+    """
+    playing = np.unique(streams.worker)
+    held, slots = [], []
+    for place, worker in enumerate(playing.tolist()):
+        mine = streams.worker == worker
+        open_ = streams.where(mine & ~streams.dropped & ~np.isnan(streams.finished_s))
+        at_s = streams.scheduled_s[mine & dropped]
+        held.append(np.searchsorted(np.sort(open_.scheduled_s), at_s, "right") - np.searchsorted(np.sort(open_.finished_s), at_s, "right"))
+        slots.append(np.full(len(at_s), max(1, share(max_in_flight, place, len(playing)))))
+    return np.concatenate(held).astype(np.float64), np.concatenate(slots).astype(np.float64)
 
 
 def _lag(each: list[Worker], itl_p50_s: float | None) -> list[Reason]:
@@ -220,9 +245,9 @@ def _bunched(inside: Streams, each: list[Worker]) -> tuple[list[Reason], list[Re
     return reasons[:1], notes[:1]
 
 
-def account(each: list[Worker], manifest: Mapping[str, Any]) -> Driver:
-    """The driver of a stage that has nothing to be judged by."""
-    return _driver(each, [], manifest)
+def account(each: list[Worker], span: Span, manifest: Mapping[str, Any]) -> Driver:
+    """The driver of a stage that has nothing to be judged by but its sockets."""
+    return _driver(each, sockets(span), manifest)
 
 
 def _driver(each: list[Worker], blamed: list[Reason], manifest: Mapping[str, Any]) -> Driver:
@@ -253,6 +278,8 @@ def _cure(codes: list[str], each: list[Worker], load: float, manifest: Mapping[s
     """How many workers would do, at 70 % of a core each; or that the driver needs a host of its own."""
     if "worker-lost" in codes:
         return "driver.log in the run directory says why the worker ended; run the stage again."
+    if "driver-sockets" in codes:
+        return "Raise `ulimit -n` (EMFILE) or widen net.ipv4.ip_local_port_range (EADDRNOTAVAIL; the rows' errors say which), or drive from several hosts."
     needed = max(math.ceil(load / USEFUL_CPU_FRACTION), 1)
     cores = (manifest.get("driver_roofline") or {}).get("cores")
     if needed > len(each):

@@ -78,6 +78,14 @@ def counter_increase(server: Samples, name: str, span: Span) -> float | str:
     return total if based else "no server was scraped before the stage began"
 
 
+def prefix_hits(server: Samples, span: Span) -> float | None:
+    """Prompt tokens that the engines' prefix cache held, over those looked up, in the whole stage; None where it was not recorded."""
+    hits, queries = (counter_increase(server, f"prefix_cache_{name}_total", span) for name in ("hits", "queries"))
+    if isinstance(hits, str) or isinstance(queries, str) or not queries:
+        return None
+    return hits / queries
+
+
 def _closing_scrape_s(scrapes_s: Floats, span: Span) -> float | None:
     """The scrape that closes a stage's account."""
     until = scrapes_s < span.next_s

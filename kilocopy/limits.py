@@ -23,9 +23,17 @@ TIMEOUT_S = 60
 
 
 def refuse(streams: int, workers: int) -> None:
-    """Raise ProblemError where the sockets or the ports of this host do not allow as many streams."""
-    each, files = -(-streams // workers), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if each > files - SPARE_FILES:
+    """Raise ProblemError where the sockets or the ports of this host do not allow as many streams.
+
+    The soft limit on open files is raised to what they need, where the hard one allows it: driver processes inherit it.
+    """
+    each = -(-streams // workers)
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = each + SPARE_FILES
+    if files < needed and (hard == resource.RLIM_INFINITY or needed <= hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        files = needed
+    if files < needed:
         cure = f"`ulimit -n {each + 10 * SPARE_FILES}`, more --workers, or fewer streams"
         raise ProblemError(f"stages: {each} streams a driver process need as many open sockets, this shell allows {files}; {cure}")
     ports = ephemeral_ports()

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from kilocopy import health, summary, windows
+from kilocopy import health, identity, summary, windows
 from kilocopy.identity import check_copies, check_littles_law, check_tokens, gauge, gauge_mean
 from kilocopy.recording import Recording, Samples
-from kilocopy.spec import ClosedStage, PlainStage, Slo, Spec, StepsStage
+from kilocopy.spec import ClosedStage, PlainStage, Slo, Spec, StepsStage, SyntheticPrompts, TraceStage
 from kilocopy.streams import Floats, Gaps, Streams
 from kilocopy.summary import Check, Estimate, Percentiles, Reason
 from kilocopy.windows import Span, busy_s, mean_in_flight
@@ -29,6 +29,7 @@ BATCHES = 20  # batch means: enough for the t quantile, few enough that a batch 
 BATCHED_WINDOW_S_MIN = 10.0
 COPIES_FRACTION_MIN = 0.98
 FEW_STREAMS = 100
+CACHED_FRACTION_SPARE = 0.02  # of the prompt tokens: templates and first tokens are alike everywhere
 VALUES_MAX = 2000
 HUMAN_WPM = (238, 150, 600)  # reading (Brysbaert 2019), speech, thought at 10 words/s
 
@@ -124,6 +125,19 @@ def _notes(checks: Sequence[Check], window: summary.Window, inside: Streams, jud
     if shares_host:
         notes["driver-shares-host"] = "The driver ran on the serving host and took some of its time."
     return [Reason(code=code, sentence=sentence) for code, sentence in notes.items()]
+
+
+def _cached(spec: Spec, asked: PlainStage, recording: Recording, span: Span) -> list[Reason]:
+    """A prefix cache that held more of the prompts than was asked to be alike, where prompts are made to be each their own."""
+    work = spec.workload
+    if not isinstance(work.prompts, SyntheticPrompts) or isinstance(asked, TraceStage) or work.conversation or work.copies_per_prompt > 1:
+        return []
+    shared, held = work.prompts.shared_prefix_fraction, identity.prefix_hits(recording.server, span)
+    if held is None or held <= shared + CACHED_FRACTION_SPARE:
+        return []
+    said = f"The engines' prefix cache held {100 * held:.0f} % of the prompt tokens, where {100 * shared:g} % were asked to be alike"
+    cure = "the same prompts were sent to this serving before: serve anew, or change workload.seed"
+    return [Reason(code="prefix-cache-answered", sentence=f"{said}: {cure}.")]
 
 
 def _assumed_words(spec: Spec, through: summary.Throughput) -> list[Reason]:
@@ -260,6 +274,17 @@ def _requests(streams: Streams, in_window_ok: int) -> summary.Requests:
 INTERRUPTED = Reason(code="interrupted", sentence="The stage was cut off: streams in flight then are missing from the records.")
 
 
+def _rows_missing(recording: Recording) -> list[Reason]:
+    """Whether a driver's worker that ended its records counted more requests as sent than it kept rows of: then nobody knows which stage lacks them."""
+    closed = {event.get("process") for event in recording.events if event["event"] == "run_end"}
+    short = [
+        f"worker {worker} sent {sent:,} and kept {recording.rows.sent[worker]:,}"
+        for worker, sent in sorted(recording.sent.items())
+        if f"worker{worker}" in closed and sent > recording.rows.sent[worker]
+    ]
+    return [Reason(code="rows-missing", sentence=f"Rows of requests are missing from the records: {', '.join(short)}.")] if short else []
+
+
 def _end_s(span: Span, recording: Recording) -> float:
     """When the stage was over: drained, else the last record before the next stage."""
     return span.drained_s if span.drained_s is not None else max(span.start_s, min(span.next_s, recording.end_s))
@@ -272,7 +297,7 @@ def stage(spec: Spec, recording: Recording, span: Span, manifest: Mapping[str, A
     found = windows.find(asked, span, streams, _end_s(span, recording))
     if found.window is not None:
         return _measured(spec, recording, span, streams, found, found.window, manifest=manifest)
-    voids = [INTERRUPTED] if span.cut_off else []
+    voids = [*([INTERRUPTED] if span.cut_off else []), *_rows_missing(recording), *health.sockets(span)]
     voids += [*found.voids, *_error_reasons(streams, -np.inf, np.inf, spec.slo)]
     whole = summary.Window(start_s=span.start_s, end_s=_end_s(span, recording), duration_s=0, rule="the whole stage")
     return summary.Stage(
@@ -287,7 +312,7 @@ def stage(spec: Spec, recording: Recording, span: Span, manifest: Mapping[str, A
         ttft_values_s=[],
         icl_values_s=[],
         requests=_requests(streams, 0),
-        driver=health.account(health.workers(recording.health, streams, streams.where(streams.ok), whole), manifest),
+        driver=health.account(health.workers(recording.health, streams, streams.where(streams.ok), whole), span, manifest),
         checks=[check_tokens(streams, recording.server, span)],
         cost=None,
     )
@@ -350,9 +375,9 @@ def _measured(
     )
     withheld = driver.withheld
     slo = _slo(streams, window, spec, asked, withheld=bool(withheld))
-    voids = [*([INTERRUPTED] if span.cut_off else []), *driver.voids, *found.voids]
+    voids = [*([INTERRUPTED] if span.cut_off else []), *_rows_missing(recording), *driver.voids, *found.voids]
     voids += _void_reasons(spec, streams, window, checks[0], float(arrived.sum()))
-    notes = _assumed_words(spec, throughput)
+    notes = [*_assumed_words(spec, throughput), *_cached(spec, asked, recording, span)]
     notes += _notes(checks, window, inside, slo["slo_judged"], bool(manifest.get("driver_shares_host")))
     return summary.Stage(
         **_identity(spec, span, recording),

@@ -58,10 +58,7 @@ class Played:
     @property
     def prefix_hits(self) -> float | None:
         """Prompt tokens that the engines' prefix cache held, over those looked up, in the whole stage; None where it was not recorded."""
-        hits, queries = (identity.counter_increase(self.recorded.server, f"prefix_cache_{name}_total", self.span) for name in ("hits", "queries"))
-        if isinstance(hits, str) or isinstance(queries, str) or not queries:
-            return None
-        return hits / queries
+        return identity.prefix_hits(self.recorded.server, self.span)
 
     def seconds(self, tokens: float) -> Reading:
         """Seconds of the serving hardware for so many output tokens, from the level's tokens/s, with that rate's interval."""

@@ -95,6 +95,7 @@ class Recording:
     server: Samples
     energy: Meters
     end_s: float
+    sent: dict[int, int] = field(default_factory=dict)  # requests of the run by worker, as each last counted them itself
     clocks: list[Offset] = field(default_factory=list)  # of processes that joined from elsewhere
     _last: dict[Place, Streams] = field(default_factory=dict, repr=False, compare=False)
     _courses: dict[Place, Course] = field(default_factory=dict, repr=False, compare=False)
@@ -145,6 +146,7 @@ def load(run_dir: Path) -> Recording:
         server=Samples(**_columns(tables["server"], zero_ns)),
         energy=Meters(**_columns(tables["energy"], zero_ns)),
         end_s=max((float(values.max()) for values in ends if len(values)), default=0.0),
+        sent=_sent(tables["driver"]),
         clocks=clock.offsets,
     )
 
@@ -208,6 +210,12 @@ def _health(table: pa.Table, zero_ns: int) -> Health:
         lag_counts=np.asarray(pc.fill_null(pc.list_value_length(lags), 0).to_numpy(), dtype=np.int64),
         lags_s=np.asarray(pc.list_flatten(lags).to_numpy(), dtype=np.float64) / 1e6,
     )
+
+
+def _sent(table: pa.Table) -> dict[int, int]:
+    """The last count of requests sent by each worker that kept one."""
+    counted = table.group_by("worker").aggregate([("sent", "max")]).to_pylist()
+    return {row["worker"] or 0: row["sent_max"] for row in counted if row["sent_max"] is not None}
 
 
 __all__ = ["Floats", "Health", "Ints", "Mask", "Meters", "Recording", "Samples", "Streams", "load"]

@@ -42,7 +42,7 @@ REQUESTS = pa.schema([
     ("copy", pa.int32()),             # closed loop: stream slot, 0..copies-1 over all workers; open loop: n-th arrival of the stage
     ("sequence", pa.int32()),         # n-th request of that copy in the stage (of that arrival's conversation), from 0
     ("scheduled_ns", pa.int64()),     # closed loop: when the copy wanted to send; open loop: when the plan says it arrives
-    ("sent_ns", pa.int64()),          # first byte of the request handed to the kernel; null: never sent
+    ("sent_ns", pa.int64()),          # when it set out: before its connection, where none is kept; null: never
     ("first_token_ns", pa.int64()),   # first chunk with text; null: none came
     ("last_token_ns", pa.int64()),
     ("finished_ns", pa.int64()),      # stream ended, or failed
@@ -148,8 +148,8 @@ class Events:
     Events of the driver, each process its own: `run_start` (a worker's with {reader: compiled | plain}); `stage_start` {stage, level, load, workers}: load is the copies, or
     the rate, of a search's level, else null; `stage_stop_asking` {stage, level}: from here on nothing is sent; `stage_drained`
     {stage, level}: the last stream ended; `stage_settled` {stage, level}: idle long enough for the servers' counters to be
-    scraped; `run_end` {reason: complete | interrupted}. Where workers share the load, the master writes `worker_lost` {worker,
-    stage, level}. Where they joined from elsewhere, the receiver writes `joined` {role, on, same_clock, hardware, versions}, `clock` {of, on,
+    scraped; `run_end` {reason: complete | interrupted} (a worker's with {resent}: requests that met a connection closed while idle). Where workers share the load, the master writes `worker_lost` {worker,
+    stage, level}; and a worker whose host had no socket or port left for some requests of a level `sockets_exhausted` {stage, level, requests}. Where they joined from elsewhere, the receiver writes `joined` {role, on, same_clock, hardware, versions}, `clock` {of, on,
     offset_ns, error_ns, at_ns, same} once a second, and `records_missing` {on, role}. Every line has `event`, `time_ns`, `wall_ns`, `host`, `process`.
     """
 

@@ -6,6 +6,7 @@ columns of each batch and remembers the batch's offset, the second takes whole b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from kilocopy.records import OUTCOMES, REQUESTS
 from kilocopy.streams import Streams
 
 Place = tuple[int, int]  # stage, level
-INDEXED = ("stage", "level", "scheduled_ns", "finished_ns")
+INDEXED = ("stage", "level", "worker", "scheduled_ns", "finished_ns", "outcome")
 COUNTED = ("prompt_tokens", "output_tokens", "output_words", "chunks")
 WHOLE = {"stage": np.int16, "level": np.int16, "worker": np.int16, "copy": np.int32, "sequence": np.int32}
 TIMES = {"scheduled_ns": "scheduled_s", "sent_ns": "sent_s", "first_token_ns": "first_s", "last_token_ns": "last_s", "finished_ns": "finished_s"}
@@ -42,6 +43,7 @@ class Rows:
     def __init__(self, run_dir: Path, shift_of: Callable[[Any, int], int]) -> None:
         """Look through the files. `shift_of`: nanoseconds to add to the times of a file with this metadata, about a time of its own clock."""
         self._found: dict[Place, list[_Batch]] = {}
+        self.sent: Counter[int] = Counter()  # rows by worker, without those of arrivals that were dropped
         self.first_scheduled_ns: int | None = None
         self.last_finished_ns: int | None = None
         for path in sorted((run_dir / "requests").glob("*.arrow")):
@@ -52,6 +54,11 @@ class Rows:
         stages, levels = _whole(batch, "stage").astype(np.int64), _whole(batch, "level").astype(np.int64)
         for place in np.unique(stages * 65536 + levels):
             self._found.setdefault((int(place) // 65536, int(place) % 65536), []).append(where)
+        workers = _whole(batch, "worker")
+        if "outcome" in batch.schema.names:
+            workers = workers[pc.fill_null(pc.not_equal(batch.column("outcome"), "dropped"), True).to_numpy(zero_copy_only=False)]
+        for worker, count in zip(*np.unique(workers, return_counts=True), strict=True):
+            self.sent[int(worker)] += int(count)
         first, last = pc.min(batch.column("scheduled_ns")).as_py(), pc.max(batch.column("finished_ns")).as_py()
         if first is not None:
             self.first_scheduled_ns = min(first + where.shift_ns, self.first_scheduled_ns or first + where.shift_ns)

@@ -19,6 +19,7 @@ Z_95 = 1.959963984540054
 LAG_S_MAX, LAG_ITL_FRACTION = 0.005, 0.10
 SEND_LAG_S_MAX = 0.05
 CPU_FRACTION_MAX = 0.95
+UNREADY_FRACTION_MAX = 0.01  # of a level's requests, that the driver had no stream or no socket for
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,11 @@ def pooled(levels: Sequence[Level]) -> list[Level]:
 
 
 def verdict(level: Level, slo: Slo) -> Literal["held", "missed", "unclear", "unsound"]:
-    """What a level says about the SLO. Too many errors miss it, however fast the others were."""
-    if level.error_fraction > slo.error_fraction_max:
-        return "missed"
+    """What a level says about the SLO. Too many errors miss it, however fast the others were, unless they may be the driver's own."""
     if not level.sound:
         return "unsound"
+    if level.error_fraction > slo.error_fraction_max:
+        return "missed"
     low, high = wilson(level.attained, level.judged)
     if level.judged and low >= slo.quantile:
         return "held"

@@ -366,7 +366,7 @@ class SearchLevel(Frozen):
     wilson_low: float | None
     wilson_high: float | None
     error_fraction: float
-    verdict: Literal["held", "missed", "unclear", "unsound"]  # unsound: the driver decided, not the server
+    verdict: Literal["held", "missed", "unclear", "unsound"]  # unsound: the driver decided, not the server, or the level is void
     output_tokens_per_s: float | None
     output_tokens_per_s_per_copy: float | None
     in_flight: float | None

@@ -37,7 +37,7 @@ class Span:
     """When a level of a stage began, stopped asking, was drained and settled, over all driver processes; and when the next one began.
 
     `level` counts the loads that a search tried and `load` is what was asked then; elsewhere they are 0 and None. `lost` are the
-    workers that were gone before their last stream of this level ended.
+    workers that were gone before their last stream of this level ended. `socketless`: requests for which a driver's host had no socket left.
     """
 
     index: int
@@ -49,6 +49,7 @@ class Span:
     settled_s: float | None
     next_s: float
     lost: tuple[int, ...] = ()
+    socketless: int = 0
 
     @property
     def cut_off(self) -> bool:
@@ -70,7 +71,7 @@ def spans(events: Sequence[dict[str, Any]]) -> list[Span]:
     """
     marks: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
     for event in events:
-        if event["event"].startswith("stage_") or event["event"] == "worker_lost":
+        if event["event"].startswith("stage_") or event["event"] in {"worker_lost", "sockets_exhausted"}:
             place = int(event["stage"]), int(event.get("level") or 0)
             marks.setdefault(place, {}).setdefault(event["event"], []).append(event)
     found = [_span(place, mark) for place, mark in marks.items() if "stage_start" in mark]
@@ -97,6 +98,7 @@ def _span(place: tuple[int, int], marks: dict[str, list[dict[str, Any]]]) -> Spa
         settled_s=max(times("stage_settled"), default=None),
         next_s=np.inf,
         lost=lost,
+        socketless=sum(int(event["requests"]) for event in marks.get("sockets_exhausted", [])),
     )
 
 

@@ -52,7 +52,7 @@ class Conductor:
         tried: list[Level] = []
         while (load := search.following(stage, tried, self._spec.slo)) is not None:
             reports = self._play(index, len(tried), stage.at(load), load)
-            tried.append(as_level(load, reports))
+            tried.append(as_level(load, reports, self._workers))
 
     def _play(self, index: int, level: int, stage: PlainStage, load: float | None) -> list[Report]:
         self._index, self._level, self._stage, self._settling = index, level, stage, False
@@ -101,8 +101,8 @@ class Conductor:
         return round(max(0.0, total_s - (time.monotonic() - self._begun_s)), 1)
 
 
-def as_level(load: float, reports: Sequence[Report]) -> Level:
-    """What a search learns from a level: the sum over the workers; unsound where any of them could not keep up."""
+def as_level(load: float, reports: Sequence[Report], workers: int) -> Level:
+    """What a search learns from a level: the sum over the workers; unsound where any of them was lost, could not keep up, or had no room."""
     finished = sum(report.finished for report in reports)
     failed = sum(report.failed + report.dropped for report in reports)
     return Level(
@@ -110,8 +110,16 @@ def as_level(load: float, reports: Sequence[Report]) -> Level:
         judged=sum(report.judged for report in reports),
         attained=sum(report.attained for report in reports),
         error_fraction=failed / finished if finished else 0.0,
-        sound=all(search.sound(r.loop_lag_p99_s, r.cpu_fraction, r.send_lag_p99_s, r.tpot_mean_s) for r in reports),
+        sound=len(reports) == workers
+        and sum(report.unready for report in reports) <= search.UNREADY_FRACTION_MAX * finished
+        and all(_kept_up(report) for report in reports),
     )
+
+
+def _kept_up(report: Report) -> bool:
+    if report.loop_lag_p99_s is None or report.cpu_fraction is None:
+        return False
+    return search.sound(report.loop_lag_p99_s, report.cpu_fraction, report.send_lag_p99_s, report.tpot_mean_s)
 
 
 def share_of_users(stage: PlainStage, workers: int) -> int:

@@ -1,6 +1,7 @@
 """The user's own prompts: rows of JSONL, JSON (also ShareGPT's), CSV or Parquet as messages, answers and lengths.
 
-A data set is read whole before the run, so that a bad row is a sentence with its place and not a failure after minutes.
+A data set is read whole before the run, so that a bad row is a sentence with its place and not a failure after minutes. Rows without
+a question (no messages, or none of the user's), which collected conversations have, are left out and counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kilocopy.spec import DatasetPrompts, FilePrompts
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "text", "messages", "conversations")  # looked for in this order
 ANSWER_COLUMNS = ("answer", "response", "completion")
+CSV_FIELD_CHARS_MAX = 2**31 - 1  # the csv module's own limit, 128 Ki, is less than a long prompt
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}  # fmt: skip
 Message = dict[str, str]
 
@@ -89,7 +91,12 @@ class Rows:
 def load(source: FilePrompts | DatasetPrompts, seed: int, warn: Callable[[str], None], *, answers: bool = False) -> Rows:
     """Read the data set. `answers`: every row must have one. Raises ProblemError with the row's place and what is expected."""
     path = Path(source.path)
-    found = [_plain(line) for line in _lines(path)] if isinstance(source, FilePrompts) else list(_understood(path, source, answers))
+    skipped: list[str] = []
+    found = [_plain(line) for line in _lines(path)] if isinstance(source, FilePrompts) else list(_understood(path, source, answers, skipped))
+    if skipped and not found:
+        raise ProblemError(skipped[0])
+    if skipped:
+        warn(f"{path}: {len(skipped)} of {len(found) + len(skipped)} rows ask nothing and are left out; the first is {skipped[0]}")
     if not found:
         raise ProblemError(f"workload.prompts.path: {path} is empty; expected one prompt per {'line' if isinstance(source, FilePrompts) else 'row'}")
     return Rows(found, seed, str(path), warn)
@@ -101,7 +108,7 @@ def _plain(text: str, **more: Any) -> Row:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # splitlines cuts at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise ProblemError(f"workload.prompts.path: {path} cannot be read: {error}") from None
 
@@ -151,6 +158,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(CSV_FIELD_CHARS_MAX)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -189,7 +197,8 @@ def _cell(where: str, row: dict[str, Any], column: str) -> Any:
     return row[column]
 
 
-def _understood(path: Path, source: DatasetPrompts, answers: bool) -> Iterator[Row]:
+def _understood(path: Path, source: DatasetPrompts, answers: bool, skipped: list[str]) -> Iterator[Row]:
+    """Every row that asks something; of the others `skipped` is given the place and the reason."""
     for where, row in rows(path):
         column = source.column or next((name for name in PROMPT_COLUMNS if name in row), None)
         if column is None:
@@ -197,17 +206,28 @@ def _understood(path: Path, source: DatasetPrompts, answers: bool) -> Iterator[R
         value = _cell(where, row, column)
         if isinstance(value, str) and path.suffix.lower() == ".csv" and column in {"messages", "conversations"}:
             value = _list(where, column, value)
+        if isinstance(value, list) and (why := _asks_nothing(where, column, value)):
+            skipped.append(why)
+            continue
         answer = _answer(where, row, source.answer_column)
         length = None if source.output_tokens_column is None else whole_number(where, row, source.output_tokens_column)
         if isinstance(value, str) and value.strip():
             one = _plain(value, answer=answer, output_tokens=length)
-        elif isinstance(value, list) and value:
+        elif isinstance(value, list):
             one = _talk(where, column, value, answer, length)
         else:
             raise ProblemError(f"{where}: column {column}: expected a text or a list of messages, got {json.dumps(value, default=str)[:60]}")
         if answers and one.answer is None:
             raise ProblemError(f"{where}: no answer, which few-shot examples need; name its column with workload.prompts.answer_column")
         yield one
+
+
+def _asks_nothing(where: str, column: str, value: list[Any]) -> str | None:
+    """Why a row of messages has no question, as a sentence; None where it has one."""
+    if not value:
+        return f"{where}: column {column}: no message at all"
+    roles = [_message(f"{where}: column {column}, message {number}", item)["role"] for number, item in enumerate(value, 1)]
+    return None if "user" in roles else f"{where}: column {column}: no message of the user's; expected one at least"
 
 
 def _list(where: str, column: str, text: str) -> Any:
@@ -231,8 +251,6 @@ def _talk(where: str, column: str, value: list[Any], answer: str | None, length:
     """A row of messages. ShareGPT's ({from, value}) asks its first question; OpenAI's ({role, content}) all up to the last one."""
     messages = [_message(f"{where}: column {column}, message {number}", item) for number, item in enumerate(value, 1)]
     asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    if not asked:
-        raise ProblemError(f"{where}: column {column}: no message of the user's; expected one at least")
     shared = isinstance(value[0], dict) and "from" in value[0]
     last = asked[0] if shared else asked[-1]
     after = messages[asked[0] + 1 : asked[0] + 2]

@@ -142,12 +142,13 @@ class Driver:
         self.is_worker, self.is_master = isinstance(self.runner, WorkerRunner), isinstance(self.runner, MasterRunner)
         self.opened = Event()  # a worker's users may be there before its run is
         self.streams: Streams | None = None
+        self.plan: schedule.Plan | None = None  # a worker's part of the level that comes next
         self.conductor: Conductor | None = None
         self._master_events: Events | None = None
         self._greenlets: list[Any] = []
         self._closing = RLock()
         if self.is_worker:
-            for name, hear in {"open": self._open, "play": self._play, "end": self._end}.items():
+            for name, hear in {"open": self._open, "gather": self._gather, "play": self._play, "end": self._end}.items():
                 self.runner.register_message(f"kilocopy_{name}", hear, concurrent=True)
         else:
             self.spec = self._spec()
@@ -250,17 +251,26 @@ class Driver:
         self.opened.set()
         self.runner.send_message("kilocopy_joined", {"worker": self.runner.worker_index})
 
+    def _gather(self, environment: Any, msg: Any) -> None:
+        del environment
+        self._guarded(lambda: self._make_ready(msg.data))
+
+    def _make_ready(self, part: dict[str, Any]) -> None:
+        if self.streams is None:
+            return
+        self.plan = schedule.plan(self.streams.spec, part["stage"], part["share"], part["shares"], level=part["level"], load=part["load"])
+        self.streams.player.gather(self.plan)
+        self.runner.send_message("kilocopy_ready", {"stage": part["stage"], "level": part["level"]})
+
     def _play(self, environment: Any, msg: Any) -> None:
         del environment
         self._guarded(lambda: self._take_part(msg.data))
 
     def _take_part(self, part: dict[str, Any]) -> None:
-        if self.streams is None:
+        if self.streams is None or self.plan is None:
             return  # the run was closed meanwhile
-        spec, index, level = self.streams.spec, part["stage"], part["level"]
-        plan = schedule.plan(spec, index, part["share"], part["shares"], level=level, load=part["load"])
         begin_ns = _own_clock(part["begin"], self.streams.recorder.events.host)
-        report = self.streams.player.perform(plan, begin_ns, load=part["load"], workers=part["shares"])
+        report = self.streams.player.perform(self.plan, begin_ns, load=part["load"], workers=part["shares"])
         self.runner.send_message("kilocopy_drained", report.as_message())
 
     def _end(self, environment: Any, msg: Any) -> None:

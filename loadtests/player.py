@@ -16,6 +16,7 @@ import gevent
 import numpy as np
 from gevent.event import AsyncResult, Event
 
+from kilocopy import schedule
 from kilocopy.problem import ProblemError
 from kilocopy.schedule import Arrival, ClosedPlan, CopyStart, Plan
 from kilocopy.search import attains
@@ -39,11 +40,12 @@ class Report:
     judged: int = 0  # ok streams that were sent in the level's nominal window
     attained: int = 0
     failed: int = 0
+    unready: int = 0  # requests that this host, and not the server, had no room for
     finished: int = 0
     dropped: int = 0
     send_lag_p99_s: float = 0.0
-    loop_lag_p99_s: float = 0.0
-    cpu_fraction: float = 0.0
+    loop_lag_p99_s: float | None = None  # None: nothing was seen of it, so nothing vouches for the level
+    cpu_fraction: float | None = None
     tpot_mean_s: float = 0.0
 
     def as_message(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Level:
     stopped: Event = field(default_factory=Event)
     emptied: Event = field(default_factory=Event)
     searching: bool = False
+    unready: int = 0  # arrivals for which no stream was free, though max_in_flight allowed one more
     window: list[dict[str, Any]] = field(default_factory=list)  # a search's requests that were due inside the nominal window
 
     @property
@@ -101,13 +104,21 @@ class Player:
         self.level: Level | None = None
         self.phase = "ramp"
 
-    def perform(self, plan: Plan, begin_ns: int, *, load: float | None, workers: int) -> Report:
-        """Play one level and return when its last stream ended. Raises ProblemError where Locust brings too few users."""
+    def gather(self, plan: Plan) -> None:
+        """Wait until there are users for all of a plan. Raises ProblemError where Locust brings too few."""
+        self._wait_for_users(len(plan.starts) if isinstance(plan, ClosedPlan) else min(plan.slots, len(plan.arrivals)))
+
+    def perform(self, plan: Plan, begin_ns: int | None, *, load: float | None, workers: int) -> Report:
+        """Play one level and return when its last stream ended. None begins once the users are there; a time that has passed is begun at
+        all the same, and what is late shows as send lag. Raises ProblemError where Locust brings too few users.
+        """
         recorder, place = self._recorder, {"stage": plan.stage, "level": plan.level}
         self.phase = "ramp"
-        self._wait_for_users(len(plan.starts) if isinstance(plan, ClosedPlan) else min(plan.slots, len(plan.arrivals)))
-        gevent.sleep(max(0.0, (begin_ns - time.perf_counter_ns()) / 1e9))
-        level = self.level = Level(plan, time.perf_counter_ns(), searching=load is not None)
+        self.gather(plan)
+        begun_ns = time.perf_counter_ns() if begin_ns is None else begin_ns
+        gevent.sleep(max(0.0, (begun_ns - time.perf_counter_ns()) / 1e9))
+        level = self.level = Level(plan, begun_ns, searching=load is not None)
+        exhausted = recorder.exhausted
         recorder.begin(plan.stage, plan.level, len(plan.starts) if isinstance(plan, ClosedPlan) else None)
         recorder.events.write("stage_start", **place, load=load, workers=workers)
         mark = gevent.spawn_later(plan.warm_s, recorder.mark) if level.searching else None
@@ -123,6 +134,10 @@ class Player:
         level.drained()
         if mark is not None:
             mark.kill()
+        exhausted = recorder.exhausted - exhausted
+        if exhausted:
+            recorder.events.write("sockets_exhausted", **place, requests=exhausted)
+        level.unready += exhausted
         recorder.events.write("stage_drained", **place)
         recorder.begin(-1, 0, None)
         self.phase = "settle"
@@ -154,6 +169,7 @@ class Player:
                 level.playing += 1
                 self._idle.pop().set((level, arrival))
             else:
+                level.unready += level.playing < plan.slots
                 self._drop(level, arrival)
         level.stopped.wait(max(0.0, plan.stop_s - level.elapsed_s))
 
@@ -207,8 +223,7 @@ class Player:
                 history.clear()
             failures = 0 if row["outcome"] == "ok" else failures + 1
             if failures:
-                pause_s = min(BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10), BACKOFF_MAX_S)
-                level.stopped.wait(max(pause_s, stream.retry_after_s or 0.0))
+                level.stopped.wait(backoff_s(failures, start.copy, sequence) + (stream.retry_after_s or 0.0))
 
     def _converse(self, level: Level, arrival: Arrival, client: Client) -> None:
         """One arrival: a request at its time, and where the workload has conversations its later turns right after."""
@@ -271,12 +286,22 @@ class Player:
             judged=sum(row["outcome"] == "ok" for row in rows),
             attained=sum(row["attained"] for row in rows),
             failed=sum(row["outcome"] not in {"ok", "cancelled", "dropped"} for row in rows),
+            unready=level.unready,
             finished=len(rows),
             dropped=sum(row["outcome"] == "dropped" for row in rows),
             send_lag_p99_s=float(np.percentile(lags_s, 99)) if lags_s else 0.0,
             tpot_mean_s=float(np.mean(tpots_s)) if tpots_s else 0.0,
             **health,
         )
+
+
+def backoff_s(failures: int, copy: int, sequence: int) -> float:
+    """How long a copy waits after so many failures in a row, s: twice as long each time, times 0.5 to 1.5.
+
+    The factor is the copy's own, and the same in every run: copies that an outage failed together do not come back in step.
+    """
+    whole_s = min(BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10), BACKOFF_MAX_S)
+    return whole_s * (0.5 + schedule.draw(sequence, "backoff", copy) / 2**31)
 
 
 def _tpot_s(row: dict[str, Any], samples: int) -> float | None:

@@ -55,6 +55,11 @@ class Recorder:
         self.outcomes: Counter[str] = Counter()
         self.closed = False
 
+    @property
+    def exhausted(self) -> int:
+        """Requests of the run so far for which this host had no socket or port left."""
+        return self._reader.exhausted
+
     def begin(self, stage: int, level: int, copies: int | None) -> None:
         """A level begins, with this many copies of this process' in closed loop; -1: none is being played."""
         self._stage, self._level, self._copies, self._marked_lags_us = stage, level, copies, None
@@ -180,7 +185,7 @@ class Recorder:
             self.sample()
             self.flush()
             self.closed = True
-            self.events.write("run_end", reason=reason)
+            self.events.write("run_end", reason=reason, resent=self._reader.resent)
             self._requests.close()
             self._driver.close()
             if self._texts is not None:

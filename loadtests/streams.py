@@ -16,12 +16,13 @@ cost as much as reading it.
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import re
 import ssl
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -43,6 +44,7 @@ LIKELY_BYTES = 2**18  # an answer within it needs no look at its limits
 PIECES_MAX = 2**20  # each costs memory of its own, however short
 HEAD_BYTES_MAX = 65536  # of everything before the answer's own body: status line, headers, 1xx answers
 RETRY_AFTER_MAX_S = 60.0  # a server that asks for more has left; the copy looks again after a minute
+STREAM_S_MAX = 4 * 3600.0  # far more than any answer; a server that trickles without end must not keep a run from its end
 SWEEP_S = 0.1  # how often silences are looked for: timeouts are late by this at most
 TEXT_SOUGHT_BYTES_MAX = 65536  # how far to look for the first text, to know which timeout applies
 
@@ -50,8 +52,12 @@ BUSY_EVENTS_PER_S = 5000  # from here on the drain waits for more before it give
 TURN_NS = 1_000_000  # the longest that it keeps the hub waiting
 PASS_MAX = 128  # sockets read under one time stamp; also what epoll makes room for at each call
 
+RESENT_WITHIN_NS = 50_000_000  # of the send
+OWN_LIMITS = frozenset({errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS})  # of this host: no server said so
+
 HEAD_END = b"\r\n\r\n"
-_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)"\s*:\s*"[^"]')
+_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)"\s*:\s*"[^"]|"tool_calls"\s*:\s*\[\s*\{')
+_TOKEN = re.compile(rb'"choices"\s*:\s*\[\s*\{|' + _TEXT.pattern)  # also a token that decodes to no text
 _epoll = monkey.get_original("select", "epoll")  # gevent hides it, since it would block the hub: for TURN_NS, here
 
 
@@ -468,6 +474,8 @@ class Reader:
         compiled = drain.chosen()
         self.compiled = None if compiled is None else compiled.Drain(self._epoll.fileno())
         self._connections: dict[int, Connection] = {}
+        self.resent = 0  # requests that met a connection which was closed while idle, and went over a new one
+        self.exhausted = 0  # requests for which this host had no socket or port left
         self.ended = 0  # streams: each has woken a greenlet, which waits for the hub
         self._busy, self._weighed_events, self._weighed_ns = False, 0, 0
         self._watcher = gevent.get_hub().loop.io(self._epoll.fileno(), 1)
@@ -576,13 +584,14 @@ class Reader:
 def overdue(stream: Stream | None, timeouts: Timeouts, now_ns: int) -> tuple[str, str] | None:
     """The outcome and the sentence for a stream that was silent for too long; None for one that is on time.
 
-    Comments and blank lines keep a connection open but are no sign of a token: they do not count against a silence.
+    Only what carries a choice or a text counts against a silence: comments, blank lines and events of nothing keep a connection open
+    and are no sign of a token.
     """
-    if stream is None or stream.sent_ns is None:
-        return None
     first_ns, stall_ns = timeouts.first_token_s * 1e9, timeouts.stall_s * 1e9
-    if now_ns - stream.alive_ns <= min(first_ns, stall_ns):
+    if stream is None or stream.sent_ns is None or now_ns - stream.alive_ns <= min(first_ns, stall_ns):
         return None  # nearly always; alive_ns is when it was last known to be
+    if now_ns - stream.sent_ns > STREAM_S_MAX * 1e9:
+        return "timeout_stall", f"the answer had no end within {STREAM_S_MAX / 3600:g} hours"
     pieces, stamps_ns = stream.pieces, stream.stamps_ns
     if not stream.has_text and pieces:
         stream.has_text = bool(_TEXT.search(b"".join(pieces)[:TEXT_SOUGHT_BYTES_MAX]))
@@ -590,19 +599,22 @@ def overdue(stream: Stream | None, timeouts: Timeouts, now_ns: int) -> tuple[str
         if now_ns - stream.sent_ns > first_ns:
             return "timeout_first_token", f"no token within {timeouts.first_token_s:g} s of the request"
         return None
-    for piece, stamp_ns in zip(reversed(pieces), reversed(stamps_ns), strict=False):
-        if stamp_ns <= stream.alive_ns or not _says_nothing(piece):
-            stream.alive_ns = max(stamp_ns, stream.alive_ns)
-            break
+    stream.alive_ns = _last_token_ns(pieces, stamps_ns, stream.alive_ns)
     if now_ns - stream.alive_ns > stall_ns:
         return "timeout_stall", f"no token for {timeouts.stall_s:g} s in the middle of the stream"
     return None
 
 
-def _says_nothing(piece: bytes) -> bool:
-    """Whether bytes are only a comment or blank lines."""
-    said = piece.strip()
-    return not said or said.startswith(b":")
+def _last_token_ns(pieces: Sequence[bytes], stamps_ns: Sequence[int], since_ns: int) -> int:
+    """When the last token after `since_ns` came; `since_ns` where none did. An event cut over pieces is found in all of them together."""
+    newer: list[bytes] = []
+    for piece, stamp_ns in zip(reversed(pieces), reversed(stamps_ns), strict=False):
+        if stamp_ns <= since_ns:
+            break
+        if _TOKEN.search(piece):
+            return stamp_ns
+        newer.append(piece)
+    return stamps_ns[len(pieces) - 1] if newer and _TOKEN.search(b"".join(reversed(newer))) else since_ns
 
 
 class Client:
@@ -630,8 +642,10 @@ class Client:
             reused = self._connection is not None and not self._connection.closed
             if self._begin(stream, request):
                 stream.ended.wait()
-            # A kept connection that closes before any answer was closed while idle: that says nothing about this request.
-            if reused and stream.outcome == "refused":
+            # A kept connection that closes at once, before any answer, was closed while idle: that says nothing about this request.
+            # Later it does: a server that dies over a request has it, and its failure is a row.
+            if reused and stream.outcome == "refused" and stream.finished_ns - (stream.sent_ns or 0) < RESENT_WITHIN_NS:
+                self._reader.resent += 1
                 stream.forget()
                 if self._begin(stream, request):
                     stream.ended.wait()
@@ -652,20 +666,25 @@ class Client:
 
     def _begin(self, stream: Stream, request: bytes) -> bool:
         """Connect if need be and send. False where the stream already ended."""
-        deadline_ns = time.perf_counter_ns() + int(self._timeouts.connect_s * 1e9)
+        # Before the connection, which the server and the way to it may be slow to give: what is late after this is not the driver.
+        stream.sent_ns = time.perf_counter_ns()
+        deadline_ns = stream.sent_ns + int(self._timeouts.connect_s * 1e9)
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = self._connect()
             connection = self._connection
             connection.stream = stream
             self._reader.open_streams.add(stream)
-            stream.sent_ns = time.perf_counter_ns()
             stream.alive_ns = stream.sent_ns
             connection.send(request, deadline_ns)
         except TimeoutError:
             self._abandon(stream, "timeout_connect", f"no connection to {self._target.authority} within {self._timeouts.connect_s:g} s")
             return False
         except (OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and error.errno in OWN_LIMITS:
+                self._reader.exhausted += 1
+                self._abandon(stream, "refused", f"the driver's host has no socket or port left for it: {_why(error)}")
+                return False
             # An early answer (413, 429) may lie in the socket although the rest of the request was not taken.
             self._abandon(stream, "refused", f"{self._target.authority}: {_why(error)}")
             return False

@@ -63,7 +63,7 @@ class Alone:
         """Play it here and now."""
         del users  # Locust's shape asks for them
         plan = schedule.plan(self._spec, stage, level=level, load=load)
-        return [self._player.perform(plan, time.perf_counter_ns(), load=load, workers=1)]
+        return [self._player.perform(plan, None, load=load, workers=1)]
 
     def progress(self) -> dict[str, Any]:
         """This process's own."""
@@ -77,8 +77,9 @@ class Alone:
 class Workers:
     """Locust's workers play. Lives in the master, which drives nothing itself.
 
-    Messages to a worker: `kilocopy_open` {spec, run_dir, url}, `kilocopy_play` {stage, level, load, share, shares, begin}, and
-    `kilocopy_end` {reason}; from it: `kilocopy_joined`, `kilocopy_drained` (a Report), `kilocopy_progress`, `kilocopy_failed`.
+    Messages to a worker: `kilocopy_open` {spec, run_dir, url}, `kilocopy_gather` {stage, level, load, share, shares}, `kilocopy_play`
+    (the same and {begin}), and `kilocopy_end` {reason}; from it: `kilocopy_joined`, `kilocopy_ready` {stage, level}, `kilocopy_drained`
+    (a Report), `kilocopy_progress`, `kilocopy_failed`.
     """
 
     def __init__(self, spec: Spec, runner: Any, events: Events, run_dir: Path, url: str, expected: int) -> None:
@@ -86,11 +87,12 @@ class Workers:
         self._run_dir, self._url, self._expected = run_dir, url, expected
         self._numbers: dict[str, int] = {}  # of the workers that joined, by Locust's name for them
         self._lost: set[str] = set()
+        self._ready: set[str] = set()  # who has the users that the level needs
         self._reports: dict[str, Report] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         self._place = {"stage": -1, "level": 0}
         self._failure = ""
-        for name, hear in {"joined": self._joined, "drained": self._drained, "progress": self._progressed, "failed": self._failed}.items():
+        for name, hear in {"joined": self._joined, "ready": self._heard_ready, "drained": self._drained, "progress": self._progressed, "failed": self._failed}.items():
             runner.register_message(f"kilocopy_{name}", hear)
 
     @property
@@ -116,12 +118,16 @@ class Workers:
     def play(self, stage: int, level: int, load: float | None, users: int) -> list[Report]:
         """Share the level between the workers that live, and wait for their reports; one that is lost is noted and not waited for."""
         del users
-        self._place, self._reports = {"stage": stage, "level": level}, {}
+        self._place, self._ready, self._reports = {"stage": stage, "level": level}, set(), {}
         shares = sorted(self._live(), key=self._numbers.__getitem__)
+        parts = {client: {**self._place, "load": load, "share": share, "shares": len(shares)} for share, client in enumerate(shares)}
+        for client, part in parts.items():
+            self._runner.send_message("kilocopy_gather", part, client)
+        while any(client not in self._ready for client in self._note_lost(shares)):  # users come once a second: a moment named before would pass
+            gevent.sleep(LOST_POLL_S)
         begin = {"perf_ns": time.perf_counter_ns() + int(BEGIN_IN_S * 1e9), "wall_ns": time.time_ns() + int(BEGIN_IN_S * 1e9)}
-        for share, client in enumerate(shares):
-            part = {**self._place, "load": load, "share": share, "shares": len(shares), "begin": begin | {"host": socket.gethostname()}}
-            self._runner.send_message("kilocopy_play", part, client)
+        for client in self._note_lost(shares):
+            self._runner.send_message("kilocopy_play", parts[client] | {"begin": begin | {"host": socket.gethostname()}}, client)
         while any(client not in self._reports for client in self._note_lost(shares)):
             gevent.sleep(LOST_POLL_S)
         if not self._live():
@@ -167,6 +173,11 @@ class Workers:
     def _joined(self, environment: Any, msg: Any) -> None:
         del environment
         self._numbers[msg.node_id] = int(msg.data["worker"])
+
+    def _heard_ready(self, environment: Any, msg: Any) -> None:
+        del environment
+        if msg.data == self._place:
+            self._ready.add(msg.node_id)
 
     def _drained(self, environment: Any, msg: Any) -> None:
         del environment

@@ -52,9 +52,9 @@ def test_honest_streams_need_all_smaller_ones_too() -> None:
     assert honest_streams([]) is None
 
 
-def test_a_late_server_counts_for_neither() -> None:
+def test_what_a_late_server_leaves_unshown_ends_it() -> None:
     late = {"server_late_p99_s": 0.003}
-    assert honest_streams([level(50), level(100, **late), level(200)]) == 200
+    assert honest_streams([level(50), level(100, **late), level(200)]) == 50
     assert honest_streams([level(50), level(100, **late, itl_p50_s=0.03)]) == 50
 
 

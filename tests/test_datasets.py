@@ -102,6 +102,28 @@ def test_a_bad_row_is_said_with_its_place(tmp_path: Path, name: str, text: str, 
         rows_of(path)
 
 
+def test_rows_that_ask_nothing_are_left_out_and_counted_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    rows = [{"conversations": []}, {"conversations": SHARED}, {"conversations": SHARED[1:2]}]
+    found = datasets.load(DatasetPrompts(kind="dataset", path=str(write(tmp_path / "share.json", rows))), 1, told.append)
+    assert [row.questions for row in found._rows] == [("one?", "two?")]
+    assert len(told) == 1
+    assert "share.json: 2 of 3 rows ask nothing and are left out; the first is" in told[0]
+    assert "share.json: row 1: column conversations: no message at all" in told[0]
+
+
+def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
+    (row,) = rows_of(write(tmp_path / "long.csv", [{"prompt": "word " * 50_000}]))
+    assert len(row.questions[0]) == 250_000
+
+
+def test_a_line_ends_where_the_file_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\u2028b\u0085c\r\nd\n", encoding="utf-8")
+    found = datasets.load(FilePrompts(kind="file", path=str(path)), 1, print)
+    assert sorted(row.questions[0] for row in found._rows) == ["a\u2028b\u0085c", "d"]
+
+
 def test_bad_lengths_and_missing_answers_are_said_with_their_place(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "n": 3}, {"prompt": "b", "n": 1.5}])
     with pytest.raises(ProblemError, match=r"a.jsonl:2: column n: expected a whole number of tokens from 1 up, got 1.5"):

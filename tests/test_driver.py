@@ -19,6 +19,7 @@ import pytest
 
 from kilocopy import records, schedule
 from kilocopy.spec import Spec, load
+from loadtests.player import backoff_s
 from tests.faults import Server
 
 CHECKOUT = Path(__file__).parent.parent
@@ -160,6 +161,7 @@ def test_failures_are_rows_and_the_copies_go_on(tmp_path: Path, started: list[Dr
     assert {row["outcome"] for row in drive.rows} <= {*WAYS.values(), "cancelled"}
     assert all((row["error"] is None) == (row["outcome"] == "ok") for row in drive.rows)
     assert "sk-secret" not in str(drive.rows) + drive.out + drive.err
+    assert records.read(tmp_path, "driver").to_pylist()[-1]["sent"] == len(drive.rows)  # errors and cancelled ones too
 
 
 def test_an_outage_is_no_busy_loop(tmp_path: Path, started: list[Drive]) -> None:
@@ -168,6 +170,14 @@ def test_an_outage_is_no_busy_loop(tmp_path: Path, started: list[Drive]) -> None
         assert drive.wait() == 0, drive.err
     assert {row["outcome"] for row in drive.rows} == {"refused"}
     assert 8 <= len(drive.rows) <= 4 * 7  # 0.1 + 0.2 + 0.4 + ... s apart
+
+
+def test_copies_do_not_come_back_in_step() -> None:
+    pauses_s = [backoff_s(3, copy, 7) for copy in range(200)]
+    assert all(0.5 * 0.4 <= pause_s < 1.5 * 0.4 for pause_s in pauses_s)
+    assert max(pauses_s) - min(pauses_s) > 0.8 * 0.4
+    assert pauses_s == [backoff_s(3, copy, 7) for copy in range(200)]
+    assert backoff_s(60, 0, 0) < 1.5 * 5
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -285,14 +295,29 @@ def test_several_workers_share_a_stage(tmp_path: Path, started: list[Drive]) -> 
     rows = drive.rows
     assert {row["outcome"] for row in rows} == {"ok"}
     assert len({(row["stage"], row["copy"], row["sequence"]) for row in rows}) == len(rows) == len(server.requests)
-    assert Counter(row["stage"] for row in rows)[1] == 3  # one copy, two workers: none of its requests is left to who has no copy
     assert {(row["worker"], row["copy"]) for row in rows if row["stage"] == 0} == {(copy % 2, copy) for copy in range(5)}
     events = records.read_events(tmp_path)
     assert {event["process"] for event in events} == {"master", "worker0", "worker1"}
     assert [event["reason"] for event in events if event["event"] == "run_end"] == ["complete"] * 3
     assert [event["process"] for event in events if event["event"] == "stage_stop_asking" and event["stage"] == 1] == ["worker0"]
+    warm_ns = 0.2e9 + next(event["time_ns"] for event in events if event["event"] == "stage_start" and event["stage"] == 1 and event["process"] == "worker0")
+    counted = sum(row["stage"] == 1 and row["scheduled_ns"] >= warm_ns for row in rows)
+    assert counted == 3  # one copy, two workers: none of its requests is left to who has no copy
     begun = [event["time_ns"] for event in events if event["event"] == "stage_start" and event["stage"] == 0]
     assert abs(begun[0] - begun[1]) < 0.2e9
+
+
+def test_a_level_that_needs_more_users_begins_for_all_workers_at_the_plans_times(tmp_path: Path, started: list[Drive]) -> None:
+    """Users come once a second, at each worker at another moment: still the arrivals of both lie on one plan with one beginning."""
+    small = {"arrival": "constant", "rate_per_s": 4, "duration_s": 0.5, "warmup_s": 0, "max_in_flight": 2}
+    played = open_spec(small, small | {"rate_per_s": 40, "duration_s": 1, "max_in_flight": 60})
+    with Server("ok", tokens=3, ttft_s=0.01, itl_s=0.002) as server:
+        started.append(drive := Drive(tmp_path, server.url, played, "--headless", "--processes", "2"))
+        assert drive.wait() == 0, drive.err
+    planned = {arrival.index: arrival.at_s for arrival in schedule.plan(played, 1).arrivals}
+    begun_ns = {row["scheduled_ns"] - round(planned[row["copy"]] * 1e9) for row in drive.rows if row["stage"] == 1}
+    assert {row["worker"] for row in drive.rows if row["stage"] == 1} == {0, 1}
+    assert max(begun_ns) - min(begun_ns) < 1000  # one moment, but for rounding
 
 
 def test_a_worker_that_dies_is_noted_and_the_others_go_on(tmp_path: Path, started: list[Drive]) -> None:

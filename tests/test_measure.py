@@ -354,6 +354,13 @@ def test_three_chunks_read_together_are_bunched_too(tmp_path: Path) -> None:
     assert stage.driver.workers[0].near_zero_gap_fraction == pytest.approx(6 / 9)
 
 
+def test_answers_that_were_read_whole_are_bunched(tmp_path: Path) -> None:
+    run = one_copy(tmp_path)
+    run.stage(gaps_s=(0.0,) * 9, ttft_s=1.0)
+    verdict = stage_of(run.end(25)).verdict
+    assert "bunched-reads" in codes(verdict.reasons)
+
+
 def test_notes_name_the_shared_host_and_a_short_window(tmp_path: Path) -> None:
     run = one_copy(tmp_path)
     run.stage(asks_s=8)
@@ -424,6 +431,18 @@ def test_without_scrapes_on_both_sides_nothing_is_checked(tmp_path: Path, sample
     assert check(stage, "client_tokens_vs_server").outcome == "not_checked"
     assert stage.verdict.level == "valid"
     assert "tokens-not-checked" in codes(stage.verdict.notes)
+
+
+@pytest.mark.parametrize(("hits", "shared", "noted"), [(0, 0.0, False), (60, 0.0, True), (60, 0.5, True), (52, 0.5, False)])
+def test_a_prefix_cache_that_knew_the_prompts_is_noted(tmp_path: Path, hits: float, shared: float, noted: bool) -> None:
+    prompts = {"kind": "synthetic", "input_tokens": 10, "shared_prefix_fraction": shared}
+    run = one_copy(tmp_path, workload={"prompts": prompts, "output_tokens": 10})
+    run.scrape(-1, prefix_cache_hits_total=0, prefix_cache_queries_total=0)
+    ended_s = run.stage()
+    run.scrape(ended_s + 0.5, prefix_cache_hits_total=hits, prefix_cache_queries_total=100)
+    verdict = stage_of(run.end(30)).verdict
+    assert verdict.level == "valid"
+    assert ("prefix-cache-answered" in codes(verdict.notes)) is noted
 
 
 def test_two_stages_share_the_scrape_between_them(tmp_path: Path) -> None:
@@ -723,6 +742,21 @@ def test_drops_because_the_house_is_full_are_the_servers(tmp_path: Path) -> None
     assert not stage.driver.limited
 
 
+def test_a_full_worker_beside_an_idle_one_is_a_full_house(tmp_path: Path) -> None:
+    """25 of worker 0's 25 places are taken when its arrivals find no room; worker 1 has hardly any. Half of them still wait to connect."""
+    run = Run(tmp_path, synthetic.timed(max_in_flight=50))
+    for n in range(25):
+        run.stream(0.01 * n + (40 if n % 2 else 0), gaps_s=[1.0] * 99, copy=2 * n, scheduled_ns=run.ns(0.01 * n))
+    for n in range(40):
+        run.stream(float(n), copy=2 * n + 1, worker=1)
+    for n in range(20):
+        run.drop(30 + 0.4 * n, copy=100 + 2 * n)
+    run.marks(0, 0, 42, 121)
+    stage = stage_of(run.end(130))
+    reason = next(reason for reason in stage.verdict.reasons if reason.code == "sends-dropped")
+    assert "max_in_flight (50) was reached, since the server did not keep up" in reason.sentence
+
+
 def test_a_growing_backlog_is_no_steady_state(tmp_path: Path) -> None:
     """5 servers of 1 s each take 5 requests/s; 10 come."""
     run, free_s = Run(tmp_path, synthetic.timed()), [0.0] * 5
@@ -907,6 +941,35 @@ def test_a_lost_worker_voids_its_stage_and_keeps_its_records(tmp_path: Path) -> 
     assert {one.worker for one in stage.driver.workers} == {0, 1}
     assert stage.requests.sent > 22
     assert check(stage, "client_tokens_vs_server").outcome == "not_checked"
+
+
+@pytest.mark.parametrize(("missing", "closed", "void"), [(0, True, False), (1, True, True), (1, False, False)])
+def test_rows_that_were_lost_void_the_stage(tmp_path: Path, missing: int, closed: bool, void: bool) -> None:
+    """22 requests are recorded, and one was dropped; a worker that was killed has more open than it could keep."""
+    run = one_copy(tmp_path)
+    run.stage()
+    run.drop(30, level=7)
+    run.lag(24, sent=22 + missing)
+    if closed:
+        run.event("run_end", 25, reason="complete", process="worker0")
+    reasons = stage_of(run.end(25)).verdict.reasons
+    assert codes(reasons) == ({"rows-missing"} if void else set())
+    assert not void or "worker 0 sent 23 and kept 22" in reasons[0].sentence
+
+
+@pytest.mark.parametrize("window", [True, False])
+def test_a_host_without_sockets_is_the_drivers_limit(tmp_path: Path, window: bool) -> None:
+    run = one_copy(tmp_path)
+    if window:
+        run.stage()
+    else:
+        run.marks(0, 0, 22, 22)
+    run.failure(10, 10.0, "refused")
+    run.event("sockets_exhausted", 23, stage=0, level=0, requests=1)
+    stage = stage_of(run.end(25))
+    assert "driver-sockets" in codes(stage.verdict.reasons)
+    assert stage.driver.limited
+    assert "ulimit" in (stage.driver.cure or "")
 
 
 def test_a_worker_lost_after_it_drained_harms_nothing(tmp_path: Path) -> None:

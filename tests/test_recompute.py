@@ -271,7 +271,7 @@ def test_a_search_over_rates_leaves_n_slo_to_closed_stages(tmp_path: Path) -> No
 
 
 def test_a_void_level_is_no_answer(tmp_path: Path) -> None:
-    """The servers counted half as many tokens at 4 copies: the search says 4, N_SLO does not."""
+    """The servers counted half as many tokens at 4 copies: that level shows nothing."""
     run = search_of(tmp_path, [2, 4], 16)
     events = [json.loads(line) for line in (tmp_path / "events" / "driver-0.jsonl").read_text().splitlines()]
     begun = [(event["time_ns"] - synthetic.BASE_NS) / 1e9 for event in events if event["event"] == "stage_start"]
@@ -281,7 +281,25 @@ def test_a_void_level_is_no_answer(tmp_path: Path) -> None:
     summary = summarise(run.close())
     assert {reason.code for reason in summary.stages[1].verdict.reasons} == {"counters-disagree"}
     assert summary.headline.n_slo == 2
-    assert "The search of stage 0 came to 4 copies, but no level of that load is valid." in summary.headline.n_slo_sentence
+    assert (summary.searches[0].answer, summary.searches[0].reason) == (2, "unsound")
+    assert "or its level is void" in summary.headline.n_slo_sentence
+
+
+def test_a_rate_that_only_a_void_level_shows_is_not_said_to_hold(tmp_path: Path) -> None:
+    """Of 43 arrivals 2 found both places taken: within the SLO's errors, too many for a level that was asked for this rate."""
+    search = SEARCH | {"over": "rate_per_s", "limit": 2, "max_in_flight": 2}
+    slo = {"tokens_per_s_per_copy": 9, "ttft_s": 1, "error_fraction_max": 0.1}
+    run = Run(tmp_path, synthetic.spec(stages=[search], slo=slo))
+    ended_s = run.arrivals([n / 2 for n in range(43)], [10] * 43, level=0)
+    for n in range(2):
+        run.drop(10.25 + n, copy=100 + n)
+    run.marks(0, 0, 21, ended_s, level=0, load=2.0)
+    for second in range(21):
+        run.lag(second + 0.5)
+    summary = summarise(run.end(ended_s + 2))
+    assert {reason.code for reason in summary.stages[0].verdict.reasons} == {"sends-dropped"}
+    assert (summary.searches[0].answer, summary.headline.rate_slo_per_s) == (2, None)
+    assert summary.headline.n_slo_sentence == "The search of stage 0 came to 2 requests/s, but no level of that load is valid."
 
 
 def test_a_run_without_an_end_may_be_going_on(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 import shutil
 import socket
 import ssl
@@ -21,17 +22,18 @@ from pathlib import Path
 import gevent
 import numpy as np
 import pytest
+from gevent import socket as gevent_socket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kilocopy import doctor, drain
+from kilocopy import doctor, drain, limits
 from kilocopy.faults import CHUNKED, Server, modes
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Timeouts
 from loadtests import answers
 from loadtests.answers import Answer, decode
 from loadtests.recorder import _outcome
-from loadtests.streams import Client, Connection, Reader, Stream, Target, retry_after_s
+from loadtests.streams import RESENT_WITHIN_NS, STREAM_S_MAX, Client, Connection, Reader, Stream, Target, overdue, retry_after_s
 
 TIMEOUTS = Timeouts(connect_s=1, first_token_s=0.5, stall_s=0.4)
 PATH, BODY = "/v1/completions", json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
@@ -299,16 +301,65 @@ def test_retry_after_in_both_forms(value: str, seconds: float | None) -> None:
 
 
 @pytest.mark.timeout(10)
-def test_a_connection_is_kept_and_replaced_when_it_went_stale(reader: Reader) -> None:
+def test_a_connection_is_kept_and_replaced_when_it_went_stale(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtests.streams.RESENT_WITHIN_NS", 10**9)  # however slowly this machine closes
     with Server("ok") as server:
         client = Client(reader, Target.parse(server.url), TIMEOUTS)
         assert [ask(reader, server.url, client)[0] for _ in range(3)] == ["ok"] * 3
         assert server.connections == 1
         server.mode = "close_early"
         outcome, *_ = ask(reader, server.url, client)
-        assert (outcome, server.connections) == ("refused", 2)  # asked again once, on a new connection
+        assert (outcome, server.connections, reader.resent) == ("refused", 2, 1)  # asked again once, on a new connection
         server.mode = "ok"
         assert ask(reader, server.url, client)[0] == "ok"
+
+
+@pytest.mark.timeout(10)
+def test_a_server_that_dies_over_a_request_is_not_asked_again(reader: Reader) -> None:
+    """It closes the kept connection well after the second request came: that request was lost, and is not to be sent twice."""
+    asked: list[bytes] = []
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 2\r\n\r\n\n\n"
+
+    def serve(listening: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                return
+            with connection:
+                asked.append(connection.recv(65536))
+                connection.sendall(answer)
+                asked.append(connection.recv(65536))
+                time.sleep(4 * RESENT_WITHIN_NS / 1e9)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.5)
+        server = threading.Thread(target=serve, args=(listening,))
+        server.start()
+        client = Client(reader, Target.parse(f"http://127.0.0.1:{listening.getsockname()[1]}"), TIMEOUTS)
+        client.ask(PATH, BODY, Stream())
+        lost = Stream()
+        client.ask(PATH, BODY, lost)
+        assert (lost.outcome, reader.resent, len(asked)) == ("refused", 0, 2)
+        server.join()
+
+
+@pytest.mark.timeout(10)
+def test_a_request_sets_out_before_its_connection(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream()
+    begun: list[int | None] = []
+    connect = gevent_socket.create_connection
+
+    def noted(*address: object) -> object:
+        begun.append(stream.sent_ns)
+        return connect(*address)
+
+    monkeypatch.setattr(gevent_socket, "create_connection", noted)
+    with Server("ok") as server:
+        Client(reader, Target.parse(server.url), TIMEOUTS).ask(PATH, BODY, stream)
+    assert stream.outcome is None
+    assert begun == [stream.sent_ns]
+    assert begun != [None]
 
 
 @pytest.mark.timeout(10)
@@ -467,7 +518,7 @@ def test_certificate_errors_are_said(reader: Reader, tmp_path: Path, monkeypatch
         with Server("ok", tls=tls_of(served)) as server:
             outcome, error, stream, _ = ask(reader, server.url)
             assert (outcome, "certificate is not accepted" in (error or ""), said in (error or "")) == ("refused", True, True), error
-            assert stream.sent_ns is None
+            assert stream.sent_ns is not None  # when it set out: the way to a connection is not the driver's lag
     with socket.create_server(("127.0.0.1", 0)) as plain:
 
         def answer_plainly() -> None:
@@ -512,3 +563,75 @@ def test_times_are_true_at_20_streams(reader: Reader) -> None:
     assert np.percentile(late_ms, 95) < 20
     ttft_ms = [(answer.times_ns[0] - stream.sent_ns) / 1e6 for _, _, stream, answer in answered]
     assert min(ttft_ms) >= 100
+
+
+# --- silences ---
+
+
+def heard(*said: tuple[float, bytes]) -> Stream:
+    """A stream sent at 0 s that had these pieces at these seconds."""
+    stream = Stream()
+    stream.sent_ns = stream.alive_ns = 0
+    for at_s, piece in said:
+        stream.pieces.append(piece)
+        stream.stamps_ns.append(int(at_s * 1e9))
+    return stream
+
+
+TEXT_EVENT, EMPTY_TOKEN = b'data: {"choices":[{"index":0,"text":"a"}]}\n\n', b'data: {"choices":[{"index":0,"text":""}]}\n\n'
+TOOL_EVENT = b'data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{"}}]}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("later", "outcome"),
+    [
+        ([b"data: {}\n\n"], "timeout_stall"),  # an event of nothing is no token
+        ([b": ping\n\n"], "timeout_stall"),
+        ([EMPTY_TOKEN], None),  # a token of which nothing is to be read yet is one
+        ([TEXT_EVENT[:12], TEXT_EVENT[12:]], None),  # cut over two pieces
+        ([TOOL_EVENT], None),
+    ],
+)
+def test_only_tokens_break_a_silence(later: list[bytes], outcome: str | None) -> None:
+    stream = heard((0.1, TEXT_EVENT), *((0.9, piece) for piece in later))
+    failure = overdue(stream, TIMEOUTS, int(1.0 * 1e9))
+    assert (failure[0] if failure else None) == outcome
+
+
+def test_calls_of_tools_are_a_first_token() -> None:
+    assert overdue(heard((0.3, TOOL_EVENT)), TIMEOUTS, int(0.6 * 1e9)) is None
+
+
+def test_an_answer_without_end_ends() -> None:
+    end_s = STREAM_S_MAX + 1
+    failure = overdue(heard((0.1, TEXT_EVENT), (end_s - 0.1, TEXT_EVENT)), TIMEOUTS, int(end_s * 1e9))
+    assert failure == ("timeout_stall", "the answer had no end within 4 hours")
+
+
+# --- this host's own limits ---
+
+
+def test_the_soft_limit_on_open_files_is_raised_to_the_need() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        limits.refuse(400, 2)
+        raised = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert raised == (200 + limits.SPARE_FILES, hard)
+
+
+def test_a_host_without_a_socket_left_is_not_the_servers_refusal(reader: Reader) -> None:
+    """The limit on open files is lowered to what is open: the kernel refuses the next one."""
+    client, stream = Client(reader, Target.parse("http://127.0.0.1:9"), TIMEOUTS), Stream()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        client.ask(PATH, BODY, stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (stream.outcome, reader.exhausted) == ("refused", 1)
+    assert stream.error == "the driver's host has no socket or port left for it: Too many open files"
