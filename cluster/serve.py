@@ -48,6 +48,7 @@ class State:
             "pid": os.getpid(),
             "spec_sha256": spec.sha256,
             "name": spec.name,
+            "model": spec.model.id,
             "phase": "starting Ray",
             "started_at": time.time(),
         }

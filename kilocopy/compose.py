@@ -32,8 +32,9 @@ def files(spec: Spec) -> dict[str, str]:
         raise ProblemError(f"cluster: {spec.cluster.replicas} replicas need {placed.nodes} nodes as deploy.node has them; --target compose is one host")
     if deploy.models is not None:
         raise ProblemError("deploy.models: a claim is Kubernetes'; for --target compose give model.source as a Hugging Face id, s3:// or gs://")
+    # A run's own targets folder is a directory of its own below RUNS, where file_sd cannot look: the driver's pages have ports that are known beforehand.
     pages = [f"http://127.0.0.1:{EXPORT_PORT + worker}/metrics" for worker in range(placed.driver_workers)]
-    watched = provision.Watched(targets=[f"{STATE}/targets/*.json"], servers=pages, cluster=spec.name)
+    watched = provision.Watched(targets=[f"{STATE}/targets/*.json"], own=pages, cluster=spec.name, model=spec.model.id)
     made = {f"watch/{name}": text for name, text in provision.files(watched, f"http://127.0.0.1:{PROMETHEUS}", "/watch").items()}
     if placed.gpus_per_node:
         config = provision.scrape_config(watched)

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -30,6 +30,7 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 RUN = 'cluster=~"$cluster",model=~"$model",run=~"$run"'
 MODEL = 'cluster=~"$cluster",model=~"$model"'
 SERVERS = 'cluster=~"$cluster",model_name=~"$model"'
+REPLICA = f'{SERVERS},ReplicaId=~"$replica"'
 NODE = 'cluster=~"$cluster",ip=~"$node"'
 STAGE = f'{RUN},stage=~"$stage"'
 
@@ -56,6 +57,7 @@ class Panel:
     limit: float | None = None  # a dashed line: past it something is wrong
     soft_high: float | None = None  # the axis reaches up to here at least
     instant: bool = False  # asked once, at the end of the time shown
+    # Of a xychart the first query is x, the others are y, by their legends; a point for each moment.
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Dashboard:
     title: str
     description: str
     panels: tuple[Panel, ...]
+    each: tuple[str, tuple[Panel, ...]] | None = None  # a variable, and the panels that each of its values has below, in a row that opens
 
 
 def stat(title: str, query: str, unit: str, description: str, *, decimals: int | None = None, width: int = 4, **more: Any) -> Panel:
@@ -104,10 +107,10 @@ COPIES = Dashboard(
             (f"sum by (cluster, model, run) ({m.COPIES_ASKED.sample}{{{RUN}}})", "asked"),
             (f"kilocopy:server_copies{{{MODEL}}}", "running in the engines"),
         )),
-        Panel("Copies against speed", "As copies grow, each gets slower and all together faster.", (
+        Panel("Copies against speed", "A point for each moment shown: copies in flight to the right, tokens/s of one copy up, both over a minute. As copies grow, each gets slower.", (
+            (f"kilocopy:copies:mean1m{{{RUN}}}", "copies"),
             (f"kilocopy:tokens_per_second_per_copy:rate1m{{{RUN}}}", "tokens/s per copy"),
-            (f"kilocopy:output_tokens_per_second:rate1m{{{RUN}}}", "tokens/s of all"),
-        ), right=("tokens/s of all", "short")),
+        ), kind="xychart"),
         Panel("SLO", "Share of streams that hold the SLO, and the share that must.", (
             (f"kilocopy:slo_attained_fraction:rate1m{{{RUN}}}", "held"),
             (f"max({m.SLO_QUANTILE.sample}{{{RUN}}})", "must"),
@@ -132,21 +135,29 @@ COPIES = Dashboard(
 
 ENGINE_TOKENS = f"sum by (ReplicaId) (rate(ray_vllm_generation_tokens_total{{{SERVERS}}}[1m]))"
 HITS = f"sum by (ReplicaId) (rate(ray_vllm_prefix_cache_hits_total{{{SERVERS}}}[1m]))"  # absent until the first hit
+THERE = f"0 * max by (ReplicaId) (kilocopy:replica_tokens_per_second:rate1m{{{MODEL}}})"  # a healthy replica, asked or not
 LOOKED_UP = f"sum by (ReplicaId) (rate(ray_vllm_prefix_cache_queries_total{{{SERVERS}}}[1m]))"
+LATENCIES = (
+    Panel("TTFT in the engines", "Requests per second in each bucket, of the replicas that are chosen.", (
+        (heat("ray_vllm_time_to_first_token_seconds_bucket", REPLICA), "{{le}}"),), "s", "heatmap", 8, 8),
+    Panel("Inter-token latency in the engines", "Tokens per second in each bucket, of the replicas that are chosen.", (
+        (heat("ray_vllm_inter_token_latency_seconds_bucket", REPLICA), "{{le}}"),), "s", "heatmap", 8, 8),
+)  # fmt: skip
 REPLICAS = Dashboard(
     "kilocopy-replicas",
     "Replicas",
     "What each engine does, whether they share the work evenly, and what serving adds to the engine's own time.",
     (
-        Panel("Running", "Sequences that each engine runs. No line: the engine reports nothing while idle.", (
-            (f"sum by (ReplicaId) ({reported('ray_vllm_num_requests_running', SERVERS)})", "{{ReplicaId}}"),), width=6),
+        Panel("Running", "Sequences that each engine runs. A healthy one reports nothing while idle: that is a zero.", (
+            (f"sum by (ReplicaId) ({reported('ray_vllm_num_requests_running', SERVERS)}) or {THERE}", "{{ReplicaId}}"),), width=6),
         Panel("Waiting", "Requests in each engine's queue.", (
-            (f"sum by (ReplicaId) ({reported('ray_vllm_num_requests_waiting', SERVERS)})", "{{ReplicaId}}"),), width=6),
+            (f"sum by (ReplicaId) ({reported('ray_vllm_num_requests_waiting', SERVERS)}) or {THERE}", "{{ReplicaId}}"),), width=6),
         Panel("KV cache", "In use. Near 100 % the engine preempts.", (
-            (f"max by (ReplicaId) ({reported('ray_vllm_kv_cache_usage_perc', SERVERS)})", "{{ReplicaId}}"),), "percentunit", width=6, high=1),
-        Panel("Tokens/s", "Output tokens by the engine's own counter.", ((ENGINE_TOKENS, "{{ReplicaId}}"),), width=6),
-        Panel("Imbalance", "The busiest replica's tokens/s over the mean of all: 1 is even.", (
-            (f"max({ENGINE_TOKENS}) / (avg({ENGINE_TOKENS}) > 0)", "busiest over mean"),), width=6, low=1),
+            (f"max by (ReplicaId) ({reported('ray_vllm_kv_cache_usage_perc', SERVERS)}) or {THERE}", "{{ReplicaId}}"),), "percentunit", width=6, high=1),
+        Panel("Tokens/s", "Output tokens by the engine's own counter, which begins with its first token.", (
+            (f"{ENGINE_TOKENS} or {THERE}", "{{ReplicaId}}"),), width=6),
+        Panel("Imbalance", "The busiest replica's tokens/s over the mean of all that are there: 1 is even, 2 of 2 means that one does all.", (
+            (f"kilocopy:replica_imbalance:rate1m{{{MODEL}}}", "busiest over mean"),), width=6, low=1),
         Panel("Prefix cache hits", "Of the prompt tokens looked up. Synthetic prompts should hit nothing but shared prefixes.", (
             (f"({HITS} or 0 * {LOOKED_UP}) / ({LOOKED_UP} > 0)", "{{ReplicaId}}"),
         ), "percentunit", width=6, high=1),
@@ -154,12 +165,11 @@ REPLICAS = Dashboard(
             (f"kilocopy:replicas{{{MODEL}}}", "healthy"),
             (f"count by (model_name) (count by (model_name, ReplicaId) (ray_vllm_generation_tokens_total{{{SERVERS}}}))", "with counters"),
         ), width=6),
-        Panel("Client and servers", "What the servers counted more than the client, of their tokens. Near 0 in a steady stage.", (
-            (f"kilocopy:token_gap_fraction:rate5m{{{MODEL}}}", "gap"),), "percentunit", width=6, low=None),
-        Panel("TTFT in the engines", "Requests per second in each bucket.", (
-            (heat("ray_vllm_time_to_first_token_seconds_bucket", SERVERS), "{{le}}"),), "s", "heatmap", 8, 8),
-        Panel("Inter-token latency in the engines", "Tokens per second in each bucket.", (
-            (heat("ray_vllm_inter_token_latency_seconds_bucket", SERVERS), "{{le}}"),), "s", "heatmap", 8, 8),
+        Panel("Client and servers", "What the servers counted more than the client over 2 minutes, of their tokens. Near 0 in a steady stage; what is in flight can explain some.", (
+            (f"kilocopy:token_gap_fraction:rate2m{{{MODEL}}}", "gap"),
+            (f"kilocopy:token_gap_in_flight:rate2m{{{MODEL}}}", "in flight, at most"),
+        ), "percentunit", width=6, low=None),
+        *LATENCIES,
         Panel("The serving tax", "The client's median TTFT and the engines': the distance is HTTP, routing and queues outside the engine.", (
             (f"kilocopy:ttft_seconds:p50{{{RUN}}}", "client TTFT"),
             (quantile(0.5, "ray_vllm_time_to_first_token_seconds_bucket", SERVERS), "engine TTFT"),
@@ -167,6 +177,7 @@ REPLICAS = Dashboard(
             (quantile(0.5, "ray_vllm_inter_token_latency_seconds_bucket", SERVERS), "engine gap"),
         ), "s", height=8),
     ),
+    each=("replica", tuple(replace(panel, width=WIDTH // 2) for panel in LATENCIES)),
 )  # fmt: skip
 
 METERS = 'run=~"$run",ip=~"$node"'
@@ -217,7 +228,7 @@ DRIVER = Dashboard(
             (f"sum by (outcome) (rate({m.REQUESTS.sample}{{{STAGE}}}[1m]))", "{{outcome}}"),), "reqps", width=6),
         Panel("Memory", "Resident, each worker.", ((f"{m.RSS.sample}{{{RUN}}}", "worker {{worker}}"),), "bytes", width=6),
         Panel("Cost of watching", "How long each metrics page took to be read. The driver's are made in its own event loop: they have to be short.", (
-            ('scrape_duration_seconds{job=~"kilocopy|servers"}', "{{job}} {{instance}}"),), "s", width=6),
+            ('scrape_duration_seconds{job=~"kilocopy|servers",cluster=~"$cluster|"}', "{{job}} {{instance}}"),), "s", width=6),
         Panel("Stage", "What each worker plays.", ((f"{m.STAGE.sample}{{{STAGE}}}", "worker {{worker}}: stage {{stage}}.{{level}} {{kind}} {{phase}}"),), "short", "state-timeline", 12, 6, words={"1": ("plays", "blue")}),
         Panel("Gaps between chunks", "As the client saw them.", ((heat(f"{m.ICL.name}_bucket", STAGE), "{{le}}"),), "s", "heatmap", 12, 6),
     ),
@@ -236,14 +247,15 @@ def filled(expr: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\$(\w+)", lambda found: values[found[1]].replace("\\", "\\\\").replace('"', '\\"'), expr)
 
 
-def variables() -> list[dict[str, Any]]:
-    """Data source, cluster, model, run, stage, node: each from what is there."""
+def variables(dashboard: Dashboard = REPLICAS) -> list[dict[str, Any]]:
+    """Data source, cluster, model, run, stage, node: each from what is there; and that of which each value has a row."""
     asked = (
         ("cluster", f"label_values({m.IN_FLIGHT.sample}, cluster)"),
         ("model", f'label_values({m.IN_FLIGHT.sample}{{cluster=~"$cluster"}}, model)'),
         ("run", f'label_values({m.IN_FLIGHT.sample}{{cluster=~"$cluster",model=~"$model"}}, run)'),
         ("stage", f"label_values({m.STAGE.sample}{{{RUN}}}, stage)"),
         ("node", 'label_values(ray_node_cpu_utilization{cluster=~"$cluster"}, ip)'),
+        ("replica", f"label_values(kilocopy:replica_healthy{{{MODEL}}}, ReplicaId)"),
     )
     source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus",
               "current": {"text": "kilocopy Prometheus", "value": SOURCE_UID}}  # fmt: skip
@@ -263,6 +275,7 @@ def variables() -> list[dict[str, Any]]:
             "current": {} if name == "run" else {"text": ["All"], "value": ["$__all"]},
         }
         for name, query in asked
+        if name != "replica" or dashboard.each
     ]
 
 
@@ -284,7 +297,11 @@ def _options(panel: Panel) -> dict[str, Any]:
         return {"calculate": False, "yAxis": {"unit": panel.unit}, "color": {"scheme": "Blues", "mode": "scheme"}, "cellGap": 1}
     if panel.kind == "state-timeline":
         return {"showValue": "never", "mergeValues": True, "legend": {"showLegend": False}}
-    return {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True}, "tooltip": {"mode": "multi", "sort": "desc"}}
+    legend = {"displayMode": "list", "placement": "bottom", "showLegend": True}
+    if panel.kind == "xychart":
+        x, *ys = ({"matcher": {"id": "byName", "options": legend}} for _, legend in panel.queries)
+        return {"mapping": "manual", "series": [{"x": x, "y": y} for y in ys], "legend": legend, "tooltip": {"mode": "single", "sort": "none"}}
+    return {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}}
 
 
 def _fields(panel: Panel) -> dict[str, Any]:
@@ -300,6 +317,8 @@ def _fields(panel: Panel) -> dict[str, Any]:
         defaults["mappings"] = _mappings(panel.words)
     if panel.kind == "timeseries":
         defaults["custom"] = _lines(panel)
+    if panel.kind == "xychart":
+        defaults["custom"] = {"show": "points", "pointSize": {"fixed": 6}, "fillOpacity": 50}
     overrides = []
     if panel.right:
         legend, unit = panel.right
@@ -325,13 +344,13 @@ def _lines(panel: Panel) -> dict[str, Any]:
     return drawn
 
 
-def _placed(panels: tuple[Panel, ...]) -> Iterator[dict[str, Any]]:
-    """Panels from left to right, a new row where one does not fit; ids in the order of reading."""
-    x = y = row_height = 0
-    for number, panel in enumerate(panels, 1):
+def _placed(panels: tuple[Panel, ...], y: int = 0, first: int = 1) -> Iterator[dict[str, Any]]:
+    """Panels from left to right and from `y` down, a new row where one does not fit; ids from `first` in the order of reading."""
+    x = row_height = 0
+    for number, panel in enumerate(panels, first):
         if x + panel.width > WIDTH:
             x, y, row_height = 0, y + row_height, 0
-        yield {
+        made = {
             "id": number,
             "type": panel.kind,
             "title": panel.title,
@@ -342,7 +361,21 @@ def _placed(panels: tuple[Panel, ...]) -> Iterator[dict[str, Any]]:
             "options": _options(panel),
             "fieldConfig": _fields(panel),
         }
+        if panel.kind == "xychart":  # one table of all queries, a line a moment: a point needs both
+            made["transformations"] = [{"id": "joinByField", "options": {"byField": "Time", "mode": "inner"}}]
+        yield made
         x, row_height = x + panel.width, max(row_height, panel.height)
+
+
+def _panels(dashboard: Dashboard) -> list[dict[str, Any]]:
+    """All panels; below them a closed row for each value of the dashboard's variable, which Grafana repeats and asks for only where it is opened."""
+    placed = list(_placed(dashboard.panels))
+    if dashboard.each is not None:
+        variable, panels = dashboard.each
+        y = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in placed)
+        row = {"id": len(placed) + 1, "type": "row", "title": f"{variable.capitalize()} ${variable}", "repeat": variable, "collapsed": True}
+        placed.append({**row, "gridPos": {"x": 0, "y": y, "w": WIDTH, "h": 1}, "panels": list(_placed(panels, y + 1, len(placed) + 2))})
+    return placed
 
 
 def document(dashboard: Dashboard) -> dict[str, Any]:
@@ -376,9 +409,9 @@ def document(dashboard: Dashboard) -> dict[str, Any]:
         "time": {"from": "now-15m", "to": "now"},
         "timezone": "browser",
         "links": [others],
-        "templating": {"list": variables()},
+        "templating": {"list": variables(dashboard)},
         "annotations": {"list": [counted, stages]},
-        "panels": list(_placed(dashboard.panels)),
+        "panels": _panels(dashboard),
     }
 
 

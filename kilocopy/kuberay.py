@@ -252,12 +252,13 @@ def _monitoring(spec: Spec) -> list[dict[str, Any]]:
     """Monitors of Ray's pods and the driver's, the rules, and the dashboards for Grafana's sidecar."""
     deploy, name = placement.needed(spec), instance(spec)
     assert deploy.monitoring is not None  # noqa: S101
-    cluster = {"targetLabel": "cluster", "replacement": spec.name.replace("$", "$$")}  # by which dashboards bring client and servers together
+    # The operator's own job is `namespace/name`; rules and dashboards know the two by what they are.
+    servers, drivers = provision.server_labels(spec.name, spec.model.id), provision.own_labels(spec.name)
     ray = {"port": "metrics", "path": "/metrics", "interval": f"{provision.SERVERS_INTERVAL_S}s", "scrapeTimeout": f"{provision.SERVERS_INTERVAL_S}s"}
     own = {"port": "metrics", "path": "/metrics", "interval": f"{provision.INTERVAL_S}s", "scrapeTimeout": f"{provision.INTERVAL_S}s"}
     monitors = [
-        _pod_monitor(spec, f"{name}-ray", "serving", ray | {"honorLabels": True, "relabelings": [cluster]}),
-        _pod_monitor(spec, f"{name}-driver", "driver", own | {"honorLabels": True}),
+        _pod_monitor(spec, f"{name}-ray", "serving", ray | {"honorLabels": True, "relabelings": _cased(servers)}),
+        _pod_monitor(spec, f"{name}-driver", "driver", own | {"honorLabels": True, "relabelings": _cased(drivers)}),
     ]
     rule = provision.prometheus_rule(deploy.namespace, labels(name, "monitoring") | deploy.monitoring.labels)
     return [*monitors, rule, *provision.config_maps(deploy.namespace, labels(name, "monitoring"))]
@@ -265,15 +266,19 @@ def _monitoring(spec: Spec) -> list[dict[str, Any]]:
 
 def _pod_monitor(spec: Spec, name: str, component: str, endpoint: dict[str, Any]) -> dict[str, Any]:
     deploy = placement.needed(spec)
-    renamed = [{_camel(key): value for key, value in rule.items()} for rule in provision.one_name_for_both()]
     monitor = _object(spec, "PodMonitor", name, component, "monitoring.coreos.com/v1")
     monitor["metadata"]["labels"] |= deploy.monitoring.labels if deploy.monitoring else {}
     monitor["spec"] = {
         "selector": {"matchLabels": selector(instance(spec), component)},
         "namespaceSelector": {"matchNames": [deploy.namespace]},
-        "podMetricsEndpoints": [endpoint | {"metricRelabelings": renamed}],
+        "podMetricsEndpoints": [endpoint | {"metricRelabelings": _cased(provision.one_name_for_both())}],
     }
     return monitor
+
+
+def _cased(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prometheus' relabelling as the operator spells it."""
+    return [{_camel(key): value for key, value in rule.items()} for rule in rules]
 
 
 def _camel(key: str) -> str:

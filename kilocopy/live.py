@@ -155,20 +155,22 @@ class Live:
         self.begun_s = self.begun_s or time_s
         found = targets(self.run_dir)
         for target in [target for target in self._there if target not in found]:
-            self._take(target, None)
+            self._take(target, None, gone=True)
             del self._there[target]
         for target, page in zip(found, self._pool.map(read_page, found), strict=True):
             self._take(target, page)
-        self.answered = {target: bool(self._there[target]) for target in found}
+        self.answered = {target: len(self._there[target]) > 1 for target in found}  # `up` is always there
         self.group.step(time_s)
 
-    def _take(self, target: Target, page: bytes | None) -> None:
-        """The samples of one page; what it had before and has no more is stale."""
+    def _take(self, target: Target, page: bytes | None, *, gone: bool = False) -> None:
+        """The samples of one page, and `up` as Prometheus has it; what it had before and has no more is stale, and all of it once nobody names it (`gone`)."""
         before, now = self._there.get(target, set()), set()
         try:
             parsed = list(parse(page, target)) if page is not None else []
         except ValueError:  # not a metrics page
-            parsed = []
+            parsed, page = [], None
+        if not gone:
+            parsed.append(("up", frozenset(target.labels), float(page is not None)))
         for name, labels, value in parsed:
             self.samples.add(name, labels, self.time_s, value, KEEP_RAW_S)
             now.add((name, labels))

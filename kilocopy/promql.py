@@ -90,7 +90,7 @@ def _vector(node: Any, samples: Samples, time_s: float) -> Vector:
 
 
 def _selected(selector: Any, samples: Samples) -> Iterable[tuple[Labels, array[float], array[float]]]:
-    if selector.name is None or selector.offset is not None or selector.at is not None or selector.matchers.or_matchers:
+    if selector.name is None or selector.at is not None or selector.matchers.or_matchers:
         raise NotImplementedError(selector.prettify())
     wanted = [(m.name, _matcher(str(m.op), m.value)) for m in selector.matchers.matchers]
     for labels, (times_s, values) in samples.named(selector.name).items():
@@ -113,6 +113,7 @@ def _matcher(op: str, value: str) -> Callable[[str], bool]:
 
 def _instant(selector: Any, samples: Samples, time_s: float) -> Vector:
     found = {}
+    time_s -= selector.offset.total_seconds() if selector.offset else 0.0
     for labels, times_s, values in _selected(selector, samples):
         last = bisect_right(times_s, time_s) - 1
         if last >= 0 and times_s[last] > time_s - LOOKBACK_S and not math.isnan(values[last]):
@@ -123,6 +124,8 @@ def _instant(selector: Any, samples: Samples, time_s: float) -> Vector:
 def _range(node: Any, samples: Samples, time_s: float) -> Iterable[tuple[Labels, list[float], list[float]]]:
     """Times and values of each series in (time_s - range, time_s], without stale markers."""
     if not isinstance(node, pp.MatrixSelector):
+        raise NotImplementedError(node.prettify())
+    if node.vector_selector.offset is not None:
         raise NotImplementedError(node.prettify())
     start_s = time_s - node.range.total_seconds()
     for labels, times_s, values in _selected(node.vector_selector, samples):

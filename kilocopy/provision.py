@@ -12,7 +12,7 @@
 
 A run's own pages (driver workers, power meter, the servers that it was told of) are found by the files in its targets/ folder, which
 name their cluster; servers beyond that are given to `Watched`, with the name of their cluster: the label by which the dashboards
-bring client and servers together.
+bring client and servers together. A replica that was never asked says nothing of its model, so the target does (`model`).
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ class Watched:
 
     `targets` are file_sd patterns of runs, `RUN/targets/*.json`. Servers that no run's files name: `servers` are metrics pages of
     Ray's agents or of vLLM (`http://host:port/metrics`), `servers_files` are file_sd files, as Ray writes them
-    (`prom_metrics_service_discovery.json`); both belong to `cluster`, which is the spec's `name`. Times are in seconds.
+    (`prom_metrics_service_discovery.json`); both belong to `cluster`, which is the spec's `name`, and serve `model`, its `model.id` (left
+    out: the name of Serve's deployment, which is the id without its `/` and `.`). `own` are pages of kilocopy's at known addresses:
+    driver workers, power meters. Times are in seconds.
     """
 
     targets: Sequence[str] = ()
     servers: Sequence[str] = ()
     servers_files: Sequence[str] = ()
     cluster: str = ""
+    model: str = ""
+    own: Sequence[str] = ()
     interval_s: float = INTERVAL_S
     servers_interval_s: float = SERVERS_INTERVAL_S
 
@@ -142,16 +146,30 @@ def scrape_config(watched: Watched) -> dict[str, Any]:
     if watched.servers or watched.servers_files:
         if not watched.cluster:
             raise ProblemError("servers without the name of their cluster: give the `name` of the spec that they serve (--cluster)")
-        named = (
-            {"target_label": "cluster", "replacement": watched.cluster.replace("$", "$$")},
-            {"target_label": "job", "replacement": "servers"},
-        )
+        named = server_labels(watched.cluster, watched.model)
         found = {"static_configs": target_groups(watched.servers)} if watched.servers else {}
         found |= {"file_sd_configs": [_file_sd(watched.servers_files)]} if watched.servers_files else {}
         jobs.append(_job("more servers", watched.servers_interval_s, found, *named))
+    if watched.own:
+        found = {"static_configs": target_groups(watched.own)}
+        jobs.append(_job("more of kilocopy's", watched.interval_s, found, *own_labels(watched.cluster)))
     if not jobs:
         raise ProblemError("nothing to watch: give a run (--run RUN), or servers (--servers URL --cluster NAME)")
     return {"global": {"evaluation_interval": "5s"}, "rule_files": ["rules/kilocopy.yaml"], "scrape_configs": jobs}
+
+
+def server_labels(cluster: str, model: str) -> list[dict[str, Any]]:
+    """Relabelling that names the servers' pages as rules and dashboards ask for them, whatever found them."""
+    return [_label("cluster", cluster), *([_label("model", model)] if model else []), _label("job", "servers")]
+
+
+def own_labels(cluster: str) -> list[dict[str, Any]]:
+    """The same for kilocopy's own pages: driver workers, power meters."""
+    return [*([_label("cluster", cluster)] if cluster else []), _label("job", "kilocopy")]
+
+
+def _label(name: str, value: str) -> dict[str, Any]:
+    return {"target_label": name, "replacement": value.replace("$", "$$")}
 
 
 def target_groups(pages: Sequence[str], labels: dict[str, str] | None = None) -> list[dict[str, Any]]:

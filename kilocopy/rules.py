@@ -5,10 +5,10 @@ report decides. Four rules of their own:
 
 - No data stays no data. A ratio over nothing is absent (`> 0`), a price lacks what it needs to be whole (owned hardware without a
   meter has no price of a page, and no zero), and a counter whose page is gone stops at once, instead of fading over a minute.
-- A replica that has died keeps its counters on Ray's page, and an engine's death leaves its replica's process: whether a replica
-  counts is Serve's to say, where Serve says it. Without Serve, those count whose page is there.
-- Servers' gauges vanish when idle: beside a living counter that is a zero, without one it is no data. They vanish between two reports
-  as well, and that is no zero.
+- A replica has no counter before its first token, and one that has died keeps its counters on Ray's page: whether a replica is there is
+  Serve's to say. A vLLM without Ray is there while its page is.
+- Servers' gauges vanish when idle: beside a living counter that is a zero, and so it is beside a healthy replica that was never asked, if
+  every page that would show it answers. Otherwise it is no data. They vanish between two reports as well, and that is no zero.
 - Requests are counted when they end, so the client's rates follow the servers' by a request's length.
 
     python -m kilocopy.rules [--check]      writes dashboards/rules/kilocopy.yaml, or says whether it is as written here
@@ -48,13 +48,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What somebody should look at: after how long, and in plain words why."""
+    """What somebody should look at: after how long, and in plain words what; `why` argues for its windows and bounds."""
 
     name: str
     expr: str
     lasting: str
     severity: str
     summary: str
+    why: str
 
 
 def rate(counter: m.Metric | str, window: str = WINDOW) -> str:
@@ -94,32 +95,67 @@ COVERED_GPUS = (
 )
 COVERED_HOST = f'(count by (run) ({ENERGY}{{boundary="host"}}) and on (run) max by (run) ({m.DEVICES.sample}{{kind="cpu"}}))'
 ALL_BUT_CANCELLED = f'{m.REQUESTS.sample}{{outcome!="cancelled"}}'
+OK = f'{m.REQUESTS.sample}{{outcome="ok"}}'
 FAILED = f'{m.REQUESTS.sample}{{outcome!~"ok|cancelled"}}'
 
 
-# Ray's default is to say it each 10 s (1 s where kilocopy starts Ray), and a scrape can miss that: it holds for a minute.
-HEALTHY = f'''max by (cluster, ReplicaId) (label_replace(last_over_time({m.HEALTHY}{{deployment=~"LLMServer.*",replica!=""}}[{WINDOW}]), "ReplicaId", "$1", "replica", "(.+)"))'''
-ENGINES = f"count by (cluster, model_name, ReplicaId) ({TOKENS})"
+def healthy(which: str) -> str:
+    """Serve's word on its replicas: each 10 s by default (1 s where kilocopy starts Ray), and a scrape can miss that, so it holds for a minute.
+
+    The target says of which model; where it does not, the deployment's name does, in which Serve writes `/` as `--` and `.` as `_`.
+    """
+    said, unsaid = (f'last_over_time({m.HEALTHY}{{deployment=~"LLMServer.*",{which},model{op}""}}[{WINDOW}])' for op in ("!=", "="))
+    return f'({said} or label_replace({unsaid}, "model", "$1", "deployment", "LLMServer:(?:simulated:)?(.+)"))'
+
+
+REPLICA = f"{MODEL}, ReplicaId"
+NAMED, NAMELESS = healthy('replica!=""'), healthy('replica=""')
+HEALTHY = f'max by ({REPLICA}) (label_replace({NAMED}, "ReplicaId", "$1", "replica", "(.+)"))'
+COUNTED = f"sum by ({MODEL}) (max by ({MODEL}, application, deployment) ({NAMELESS}))"  # by a Serve that leaves the replicas' names out
+ENGINES = f"count by ({REPLICA}) ({served(TOKENS, 'count', REPLICA)})"
+ALONE = TOKENS + '{WorkerId=""}'  # on vLLM's own pages, which Ray has no part in
+BARE = f"count by ({REPLICA}) ({served(ALONE, 'count', REPLICA)})"
+# Where every page answers, what a healthy replica does not say has not happened yet.
+SEEN = 'unless on (cluster) (up{job="servers"} == 0)'
+NEVER_ASKED = f"0 * (kilocopy:replicas > 0) {SEEN}"
+
+# A page is known of while something names it, or while a driver drives its cluster; `server_pages_seen` remembers for as long as that.
+DRIVEN = f"count by (cluster) ({m.IN_FLIGHT.sample})"
+PAGE_ANSWERS = "unless on (cluster) (kilocopy:server_pages > 0)"
 
 RULES = (
+    # The servers' metrics pages
+    Rule("kilocopy:server_pages", 'count by (cluster) (up{job="servers"} == 1) or 0 * count by (cluster) (up{job="servers"})', "pages",
+         "Metrics pages of the servers that answer.", ("cluster",)),
+    Rule("kilocopy:server_pages_seen",
+         "count by (cluster) (kilocopy:server_pages > 0) or last_over_time(kilocopy:server_pages_seen[10m])"
+         f" and on (cluster) (kilocopy:server_pages or {DRIVEN})", "1",
+         "1 once a page of the servers has answered, for as long as one is named or a driver runs.", ("cluster",)),
     # Copies and speed
     Rule("kilocopy:copies", by_run(m.IN_FLIGHT.sample), "copies", "Streams open now, at the driver."),
     Rule("kilocopy:copies:mean1m", by_run(f"avg_over_time({m.IN_FLIGHT.sample}[{WINDOW}]) and {m.IN_FLIGHT.sample}"), "copies",
          "Mean of the copies in flight over the last minute."),
-    Rule("kilocopy:server_copies", f"{served(or_zero(RUNNING, TOKENS))}", "copies", "Sequences that the engines run now (N_run).",
+    Rule("kilocopy:replica_healthy", f"({HEALTHY} == 1) or {BARE} or {ENGINES} and on ({MODEL}) {COUNTED}", "1",
+         "1 for each replica that Serve calls healthy; for each vLLM without Ray that answers. Where Serve names none, for each that has counters.", ("cluster", "model", "ReplicaId")),
+    Rule("kilocopy:replicas",
+         f"sum by ({MODEL}) ({HEALTHY}) or {COUNTED} or count by ({MODEL}) (kilocopy:replica_healthy)"
+         ' or 0 * max_over_time(kilocopy:replicas[10m]) and on (cluster) (up{job="servers"} == 1)', "replicas",
+         "Replicas that Serve calls healthy, or vLLMs without Ray that answer. 0 where all are dead and a page is there; no data where nobody says it.", ("cluster", "model")),
+    Rule("kilocopy:server_copies", f"{served(or_zero(RUNNING, TOKENS))} or {NEVER_ASKED}", "copies", "Sequences that the engines run now (N_run).",
          ("cluster", "model")),
-    Rule("kilocopy:server_waiting", f"{served(or_zero(WAITING, TOKENS))}", "requests", "Requests that wait in the engines' queues.",
+    Rule("kilocopy:server_waiting", f"{served(or_zero(WAITING, TOKENS))} or {NEVER_ASKED}", "requests", "Requests that wait in the engines' queues.",
          ("cluster", "model")),
-    Rule("kilocopy:kv_cache_fraction:max", f"{served(or_zero(KV, TOKENS), 'max')}", "0-1", "KV cache in use, of the fullest replica.",
+    Rule("kilocopy:kv_cache_fraction:max", f"{served(or_zero(KV, TOKENS), 'max')} or {NEVER_ASKED}", "0-1", "KV cache in use, of the fullest replica.",
          ("cluster", "model")),
-    Rule("kilocopy:replica_engines",
-         served(f"({ENGINES} and on (cluster, ReplicaId) ({HEALTHY} == 1)) or ({ENGINES} unless on (cluster) {HEALTHY})", "max", f"{MODEL}, ReplicaId"),
-         "engines", "Engines of each replica that Serve calls healthy; without Serve, of each that reports.", ("cluster", "model", "ReplicaId")),
-    Rule("kilocopy:replicas", f"count by ({MODEL}) (kilocopy:replica_engines) or 0 * {served(TOKENS, 'count')}", "replicas",
-         "Replicas that Serve calls healthy; without Serve, those that report. 0 where all are dead and their counters stay.", ("cluster", "model")),
     Rule("kilocopy:output_tokens_per_second:rate1m", by_run(rate(m.OUTPUT_TOKENS)), "tokens/s", "Output tokens of requests that ended."),
-    Rule("kilocopy:server_tokens_per_second:rate1m", served(rate(TOKENS)), "tokens/s", "Output tokens by the engines' own counters.",
-         ("cluster", "model")),
+    Rule("kilocopy:server_tokens_per_second:rate1m", f"{served(rate(TOKENS))} or {NEVER_ASKED}", "tokens/s",
+         "Output tokens by the engines' own counters.", ("cluster", "model")),
+    Rule("kilocopy:replica_tokens_per_second:rate1m",
+         f"({served(rate(TOKENS), keep=REPLICA)} and kilocopy:replica_healthy) or 0 * kilocopy:replica_healthy {SEEN}", "tokens/s",
+         "Output tokens of each replica that is there; 0 of one that was never asked.", ("cluster", "model", "ReplicaId")),
+    Rule("kilocopy:replica_imbalance:rate1m",
+         f"max by ({MODEL}) (kilocopy:replica_tokens_per_second:rate1m) / (avg by ({MODEL}) (kilocopy:replica_tokens_per_second:rate1m) > 0)", "1",
+         "The busiest replica's tokens/s over the mean of all: 1 is even, the number of replicas is all on one.", ("cluster", "model")),
     Rule("kilocopy:tokens_per_second_per_copy:rate1m", "kilocopy:output_tokens_per_second:rate1m / (kilocopy:copies:mean1m > 0)",
          "tokens/s", "Speed of one copy."),
     Rule("kilocopy:tokens_per_second_per_device:rate1m",
@@ -157,9 +193,14 @@ RULES = (
     Rule("kilocopy:ttft_seconds:p99", quantile(0.99, m.TTFT), "s", "Time to the first token, 99th percentile, from buckets."),
     Rule("kilocopy:inter_chunk_seconds:p50", quantile(0.5, m.ICL), "s", "Gap between chunks, median, from buckets."),
     Rule("kilocopy:inter_chunk_seconds:p99", quantile(0.99, m.ICL), "s", "Gap between chunks, 99th percentile, from buckets."),
-    Rule("kilocopy:token_gap_fraction:rate5m",
-         f"({served(rate(TOKENS, '5m'))} - sum by ({MODEL}) {rate(m.OUTPUT_TOKENS, '5m')}) / ({served(rate(TOKENS, '5m'))} > 0)", "-1-1",
+    Rule("kilocopy:token_gap_fraction:rate2m",
+         f"({served(rate(TOKENS, '2m'))} - sum by ({MODEL}) {rate(m.OUTPUT_TOKENS, '2m')}) / ({served(rate(TOKENS, '2m'))} > 0)", "-1-1",
          "What the servers counted more than the client, of the servers' tokens. Near 0 in a steady stage; other clients raise it.",
+         ("cluster", "model")),
+    Rule("kilocopy:token_gap_in_flight:rate2m",
+         f"sum by ({MODEL}) (max_over_time(kilocopy:copies[2m])) * sum by ({MODEL}) {rate(m.OUTPUT_TOKENS, '2m')}"
+         f" / (sum by ({MODEL}) {rate(OK, '2m')} > 0) / (120 * {served(rate(TOKENS, '2m'))} > 0)", "0-1",
+         "What of that gap requests in flight can explain at most: the most copies times the mean request's tokens, of the servers' tokens.",
          ("cluster", "model")),
     # The driver
     Rule("kilocopy:driver_cpu_fraction:rate1m", f"sum by ({RUN}, worker) {rate(m.CPU)}", "0-1", "Of one core, for each driver worker.",
@@ -178,17 +219,42 @@ ALERTS = (
           f"(({_LAGS} > {LAG_S_MAX:g}) unless ({_LAGS} <= on ({RUN}) group_left () ({LAG_ITL_FRACTION:g} * kilocopy:inter_chunk_seconds:p50)))"
           f" or kilocopy:driver_cpu_fraction:rate1m > {CPU_FRACTION_MAX:g} or kilocopy:driver_send_lag_seconds:p99 > {SEND_LAG_S_MAX:g}",
           "30s", "warning",
-          "Worker {{ $labels.worker }} of run {{ $labels.run }} cannot keep up: what it sees is its own doing. Use more workers."),
+          "Worker {{ $labels.worker }} of run {{ $labels.run }} cannot keep up: what it sees is its own doing. Use more workers.",
+          "The report's own bounds, over the last minute. 30 s, because one late moment is in that minute for all of it."),
     Alert("KilocopySloBroken",
           f"kilocopy:slo_attained_fraction:rate1m < {by_run(m.SLO_QUANTILE.sample, 'max')}", "1m", "warning",
-          "Only {{ $value | humanizePercentage }} of the streams of run {{ $labels.run }} hold the SLO."),
+          "Only {{ $value | humanizePercentage }} of the streams of run {{ $labels.run }} hold the SLO.",
+          "1 min, because a stage begins with requests that were sent together, and their minute has to pass."),
     Alert("KilocopyReplicaDown", "kilocopy:replicas < max_over_time(kilocopy:replicas[10m])", "15s", "critical",
-          "{{ $value }} replicas of {{ $labels.model }} are healthy, and there were more in the last 10 minutes."),
-    Alert("KilocopyCountersDisagree", "abs(kilocopy:token_gap_fraction:rate5m) > 0.1", "5m", "warning",
-          "Client and servers count tokens of {{ $labels.model }} {{ $value | humanizePercentage }} apart: another client, or lost tokens."),
+          "{{ $value }} replicas of {{ $labels.model }} are healthy, and there were more in the last 10 minutes.",
+          "Serve says so after three failed checks, 10 s apart, so it was waited for already. Ends when all are back, or after 10 min."),
+    Alert("KilocopyServersGone",
+          f"max_over_time(kilocopy:server_pages_seen[10m]) {PAGE_ANSWERS}", "15s", "critical",
+          "No metrics page of the servers of {{ $labels.cluster }} answers any more, and one did: they are down, or cut off.",
+          "Without a page there are no replicas, tokens or gauges to alarm about: all of them are no data. 15 s are three reads or more."
+          " Remembered while a target names a page or a driver runs, and 10 min after."),
+    Alert("KilocopyServersNeverSeen",
+          f"((kilocopy:server_pages == 0) or 0 * {DRIVEN}) {PAGE_ANSWERS} unless on (cluster) max_over_time(kilocopy:server_pages_seen[10m])",
+          "1m", "warning",
+          "No metrics page of the servers of {{ $labels.cluster }} has answered yet: none is named (--metrics), or its address is wrong.",
+          "1 min, because a page is named before its server answers. A driver without any page runs well; what the servers count is not checked."),
+    Alert("KilocopyServerPageDown",
+          'up{job="servers"} == 0 and on (cluster) (kilocopy:server_pages > 0)', "15s", "warning",
+          "The metrics page {{ $labels.instance }} of {{ $labels.cluster }} does not answer, others do: what its replicas count is missing.",
+          "A node that died, or is cut off. 15 s are three reads or more: a busy page may miss one."),
+    Alert("KilocopyCountersDisagree",
+          f"(abs(kilocopy:token_gap_fraction:rate2m) > on ({MODEL}) (0.1 + kilocopy:token_gap_in_flight:rate2m))"
+          f" and on ({MODEL}) {served(TOKENS + ' offset 2m', 'count')}", "30s", "warning",
+          "Client and servers count tokens of {{ $labels.model }} {{ $value | humanizePercentage }} apart: another client, or lost tokens.",
+          "The client counts a request when it ends, the servers as they go. So over 2 min they may differ by what was in flight, and that is"
+          " allowed on top of 10 % (a report of Ray's that comes 10 s late is 8 %). With that it holds on ramps too and needs no long stage: one of"
+          " 1 min that loses a third fires as it ends. Not before the servers' counters are 2 min old: what they counted before their first report is not"
+          " seen. Requests as long as the window leave nothing to tell: there the report's check, stage by stage and to the token, decides."),
     Alert("KilocopyIdlePaidFor",
-          f"(kilocopy:server_copies == 0) and on ({MODEL}) (avg_over_time(kilocopy:server_copies[5m]) == 0)", "5m", "info",
-          "The replicas of {{ $labels.model }} have run nothing for 5 minutes, and are paid for."),
+          f"(kilocopy:server_copies == 0) and on ({MODEL}) (kilocopy:replicas > 0)"
+          f" unless on ({MODEL}) (kilocopy:server_tokens_per_second:rate1m > 0)", "1m", "info",
+          "The replicas of {{ $labels.model }} have run nothing for 2 minutes, and are paid for.",
+          "No token for a minute, and that for a minute: 2 min. Pauses between stages are seconds, and no stage is awaited longer."),
 )  # fmt: skip
 
 
@@ -201,7 +267,7 @@ def document() -> dict[str, Any]:
             "expr": alert.expr,
             "for": alert.lasting,
             "labels": {"severity": alert.severity},
-            "annotations": {"summary": alert.summary},
+            "annotations": {"summary": alert.summary, "description": alert.why},
         }
         for alert in ALERTS
     ]

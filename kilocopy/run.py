@@ -100,7 +100,7 @@ def drive(
     run_dir = manifest.create(spec, runs, url=url, driver_shares_host=shares_host, started_by="kilocopy", more=more)
     ERR.print(f"[bold]drive[/]  {len(spec.stages)} stages against {url.rpartition('@')[2]}, records in {run_dir}")
     with contextlib.suppress(OSError):  # a run goes on without being watched
-        write_targets(run_dir, targets, spec.name)
+        write_targets(run_dir, targets, spec.name, spec.model.id)
     progress = driving.ProgressPrinter(ERR, spec)
     meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
     marked = stage_marks.annotating(run_dir, spec, lambda said: ERR.print(f"[yellow]drive[/]  {said}"))

@@ -38,15 +38,15 @@ def samples(page: bytes) -> Found:
     return found
 
 
-def write_targets(run_dir: Path, pages: Sequence[str], cluster: str) -> None:
+def write_targets(run_dir: Path, pages: Sequence[str], cluster: str, model: str) -> None:
     """Write targets/servers.json, by which Prometheus (file_sd) and `kilocopy watch` find the servers' metrics pages.
 
-    `cluster` becomes a label of all their series, as it is one of the driver's own. Raises OSError.
+    `cluster` and `model` become labels of all their series, as they are of the driver's own. Raises OSError.
     """
     groups = [
         {
             "targets": [parts.netloc.rpartition("@")[2]],
-            "labels": {"job": "servers", "cluster": cluster, "__scheme__": parts.scheme, "__metrics_path__": parts.path or "/metrics"},
+            "labels": {"job": "servers", "cluster": cluster, "model": model, "__scheme__": parts.scheme, "__metrics_path__": parts.path or "/metrics"},
         }
         for parts in map(urlparse, pages)
     ]
@@ -135,7 +135,7 @@ class Scraper:
             return
         if state["metrics"] != self._targets:
             self._targets = list(state["metrics"])
-            write_targets(self._run_dir, self._targets, str(state["name"]))
+            write_targets(self._run_dir, self._targets, str(state["name"]), str(state["model"]))
         fleet = Fleet.of(state)
         for event, fields in fleet.since(self._fleet):
             Events(self._run_dir, "scraper").write(event, **fields)

@@ -40,7 +40,7 @@ class Screen:
         self.live, self.run, self.addresses = live, run, addresses
         spec = run.spec
         named = {"cluster": spec.name, "model": spec.model.id, "run": run.id}
-        self._filled = {name: re.escape(value) for name, value in named.items()} | {"stage": ".*", "node": ".*"}
+        self._filled = {name: re.escape(value) for name, value in named.items()} | {"stage": ".*", "node": ".*", "replica": ".*"}
 
     # -------------------------------------------------------------------------------------------------------------- asking
 
@@ -226,7 +226,7 @@ class Screen:
             head: found if head == "tokens/s" else dict.fromkeys(columns["tokens/s"], 0.0) | found for head, found in columns.items()
         }
         # One that died leaves its counters on Ray's page, and would look idle.
-        healthy = {dict(labels)["ReplicaId"] for labels in self.live.ask("kilocopy:replica_engines") if self._ours(dict(labels))}
+        healthy = {dict(labels)["ReplicaId"] for labels in self.live.ask("kilocopy:replica_healthy") if self._ours(dict(labels))}
         down = set(columns["tokens/s"]) - healthy if self.value("kilocopy:replicas") is not None else set()
         return _table("replica", columns, written, below, down)
 

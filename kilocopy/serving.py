@@ -159,7 +159,7 @@ def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, 
         )  # fmt: skip
     try:
         state = _wait(process, directory, on_change, time.monotonic() + spec.cluster.start_timeout_s + 300)
-        write_targets(directory, state["metrics"], spec.name)  # for a Prometheus that watches whatever is served here
+        write_targets(directory, state["metrics"], spec.name, spec.model.id)  # for a Prometheus that watches whatever is served here
         return state
     except BaseException:
         on_change({"phase": "stopping"})

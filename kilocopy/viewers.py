@@ -36,14 +36,14 @@ STOP_S = 20.0
 PULL_S = 600.0  # an engine may have to fetch the images first
 SECRET = "GF_SECURITY_ADMIN_PASSWORD"  # noqa: S105  a name
 PROMETHEUS_MIN = (2, 26)  # last_over_time
-GRAFANA_MIN = (10, 0)  # the dashboards' schema
+GRAFANA_MIN = (11, 1)  # copies against speed: its panel (xychart) had other options before
 PORTS = {"prometheus": 9090, "grafana": 3000}
 PR_SET_PDEATHSIG = 1
 
 
 def recorded(run: Ongoing) -> bool:
-    """Whether a Prometheus of `kilocopy watch` has data of this run."""
-    return (_folder(run) / "data" / "prometheus" / "wal").is_dir() and shutil.which("prometheus") is not None
+    """Whether a Prometheus of `kilocopy watch` has data of this run, and one can be started here to show it: from the PATH or in a container."""
+    return (_folder(run) / "data" / "prometheus" / "wal").is_dir() and (shutil.which("prometheus") or working_engine()) is not None
 
 
 def _folder(run: Ongoing) -> Path:

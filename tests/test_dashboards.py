@@ -18,10 +18,15 @@ import pytest
 from kilocopy import dashboards, metrics, rules
 
 SCRAPED = Path(__file__).parent / "data" / "ray-2.60.0_vllm-0.29.0.txt"
-TARGET_LABELS = {"cluster", "job", "instance"}  # what Prometheus adds from the targets files
+TARGET_LABELS = {"cluster", "model", "job", "instance"}  # what Prometheus adds from the targets files
 KEYWORDS = {"and", "or", "unless", "by", "on", "ignoring", "group_left", "group_right", "bool", "offset", "without"}
 GROUPED = re.compile(r"\b(?:by|on|ignoring|without|group_left|group_right)\s*\(([^)]*)\)")
 BOARDS = [dashboards.document(board) for board in dashboards.DASHBOARDS]
+
+
+def drawn(board: dict[str, Any]) -> list[dict[str, Any]]:
+    """The panels that draw something, those of closed rows too."""
+    return [panel for each in board["panels"] for panel in (each["panels"] if each["type"] == "row" else [each])]
 
 
 def known() -> dict[str, set[str]]:
@@ -32,7 +37,7 @@ def known() -> dict[str, set[str]]:
         names = [f"{metric.name}_bucket", f"{metric.name}_count"] if metric.kind == "histogram" else [metric.sample]
         found |= {name: labels | ({"le"} if metric.kind == "histogram" else set()) for name in names}
     found |= {rule.record: set(rule.labels) for rule in rules.RULES}
-    found["scrape_duration_seconds"] = TARGET_LABELS  # Prometheus' own
+    found |= dict.fromkeys(("scrape_duration_seconds", "up"), TARGET_LABELS)  # Prometheus' own
     found["ALERTS"] = {"alertname", "alertstate", "severity", *metrics.RUN_LABELS}
     for line in SCRAPED.read_text().splitlines():
         if sample := re.match(r"(ray_\w+)\{(.*)\} ", line):
@@ -58,7 +63,7 @@ def used(expr: str) -> tuple[dict[str, set[str]], set[str]]:
 
 def queries() -> list[tuple[str, str]]:
     """(where, query) of every panel, variable, annotation, rule and alert."""
-    found = [(f"{board['uid']}: {panel['title']}", target["expr"]) for board in BOARDS for panel in board["panels"] for target in panel["targets"]]
+    found = [(f"{board['uid']}: {panel['title']}", target["expr"]) for board in BOARDS for panel in drawn(board) for target in panel["targets"]]
     for board in BOARDS:
         found += [(f"{board['uid']}: annotation", each["expr"]) for each in board["annotations"]["list"] if "expr" in each]
         for variable in board["templating"]["list"][1:]:
@@ -99,7 +104,7 @@ def test_the_contract_sees_what_is_wrong() -> None:
 
 def test_legends_name_labels_that_their_query_keeps() -> None:
     for board in BOARDS:
-        for panel in board["panels"]:
+        for panel in drawn(board):
             for target in panel["targets"]:
                 asked = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
                 selected, grouped = used(target["expr"])
@@ -195,7 +200,7 @@ def test_grafanas_own_models_know_every_key_and_value(board: dict[str, Any]) -> 
     assert told(board, written(read)) == []
     assert list(not_allowed(read)) == []
     known = {value for name, value in vars(units).items() if not name.startswith("_")}
-    assert {panel["fieldConfig"]["defaults"]["unit"] for panel in board["panels"]} <= known
+    assert {panel["fieldConfig"]["defaults"]["unit"] for panel in drawn(board)} <= known
 
 
 @pytest.mark.parametrize(
@@ -230,16 +235,43 @@ def test_a_dashboard_reads_well_on_one_screen(board: dict[str, Any]) -> None:
     places = [panel["gridPos"] for panel in board["panels"]]
     assert not any(overlap(one, other) for one, other in combinations(places, 2))
     assert max(place["x"] + place["w"] for place in places) <= dashboards.WIDTH
-    assert max(place["y"] + place["h"] for place in places) <= 26
-    for panel in board["panels"]:
+    assert max(place["y"] + place["h"] for place, panel in zip(places, board["panels"], strict=True) if panel["type"] != "row") <= 26
+    for panel in drawn(board):
         assert panel["description"].endswith("."), panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"]
         assert panel["fieldConfig"]["defaults"]["noValue"] == "no data"
         assert all(target["legendFormat"] for target in panel["targets"])
         assert [step["color"] for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]] in (["blue"], ["blue", "red"])
-    assert [variable["name"] for variable in board["templating"]["list"]] == ["datasource", "cluster", "model", "run", "stage", "node"]
+    more = ["replica"] if board["uid"] == "kilocopy-replicas" else []
+    assert [variable["name"] for variable in board["templating"]["list"]] == ["datasource", "cluster", "model", "run", "stage", "node", *more]
     assert board["links"][0]["includeVars"]
     assert board["links"][0]["keepTime"]
+
+
+def test_each_replica_has_its_latencies_in_a_row_of_its_own() -> None:
+    [row] = [panel for panel in BOARDS[1]["panels"] if panel["type"] == "row"]
+    assert (row["repeat"], row["collapsed"], "$replica" in row["title"]) == ("replica", True, True)
+    assert {panel["type"] for panel in row["panels"]} == {"heatmap"}
+    assert {re.search(r"ray_vllm_(\w+)_bucket", panel["targets"][0]["expr"])[1] for panel in row["panels"]} == {  # type: ignore[index]
+        "time_to_first_token_seconds", "inter_token_latency_seconds"}  # fmt: skip
+    assert all('ReplicaId=~"$replica"' in panel["targets"][0]["expr"] for panel in row["panels"])
+    ids = [panel["id"] for panel in (*BOARDS[1]["panels"], *row["panels"])]
+    assert len(set(ids)) == len(ids)
+    below = [panel["gridPos"] for panel in row["panels"]]
+    assert min(place["y"] for place in below) == row["gridPos"]["y"] + 1
+    assert not any(overlap(one, other) for one, other in combinations(below, 2))
+
+
+def test_speed_is_drawn_against_copies_and_not_against_time() -> None:
+    """x and y are fields of one table, by the names that their queries' legends give them."""
+    [chart] = [panel for panel in BOARDS[0]["panels"] if panel["title"] == "Copies against speed"]
+    assert chart["type"] == "xychart"
+    [series] = chart["options"]["series"]
+    x, y = (series[axis]["matcher"]["options"] for axis in "xy")
+    asked = {target["legendFormat"]: target["expr"] for target in chart["targets"]}
+    assert asked[x].startswith("kilocopy:copies:mean1m{")
+    assert asked[y].startswith("kilocopy:tokens_per_second_per_copy:rate1m{")
+    assert [(each["id"], each["options"]["byField"]) for each in chart["transformations"]] == [("joinByField", "Time")]
 
 
 def test_references_are_the_reports() -> None:
@@ -253,7 +285,7 @@ def test_references_are_the_reports() -> None:
 
 
 def test_a_reference_far_away_does_not_press_the_run_to_the_floor() -> None:
-    for panel in (panel for board in BOARDS for panel in board["panels"]):
+    for panel in (panel for board in BOARDS for panel in drawn(board)):
         constant = [target for target in panel["targets"] if target["expr"].startswith("vector(")]
         scale = panel["fieldConfig"]["defaults"].get("custom", {}).get("scaleDistribution", {}).get("type")
         assert bool(constant) == (scale == "log"), panel["title"]

@@ -28,6 +28,7 @@ EXPRESSIONS = (
     "g unless on (b) (g > 8)",
     "max_over_time(g[2m]) - g",
     "avg(g) / (count(g) > 0)",
+    "g offset 1m + g",
     "histogram_quantile(0.99, sum by (c, le) (rate(h_bucket[1m]))) > -1",
     "histogram_quantile(0.5, sum by (le) (rate(h_bucket[2m])))",
     'sum by (model) (label_replace(a_total, "model", "$1!", "b", "(.+)"))',
@@ -100,13 +101,13 @@ def test_ragged_series_give_prometheus_own_numbers(tmp_path: Path) -> None:
 
 def test_every_rule_alert_and_panel_is_within_what_is_known() -> None:
     """Nothing to find, but nothing unknown either: an expression that the evaluator cannot do must not reach the screen."""
-    filled = dict.fromkeys(("cluster", "model", "run", "stage", "node"), ".*") | {"__range": "5m"}
+    filled = dict.fromkeys(("cluster", "model", "run", "stage", "node", "replica"), ".*") | {"__range": "5m"}
     asked = [rule.expr for rule in rules.RULES] + [alert.expr for alert in rules.ALERTS]
     asked += [dashboards.filled(expr, filled) for board in dashboards.DASHBOARDS for panel in board.panels for expr, _ in panel.queries]
     assert {tuple(evaluate(expr, Samples(), 1.0)) for expr in asked} <= {(), (frozenset(),)}
 
 
-@pytest.mark.parametrize("expr", ["topk(1, a)", "a offset 5m", "rate(a[5m:1m])", "a > bool 1", "sum without (b) (a)", "time()", "a * group_right b"])
+@pytest.mark.parametrize("expr", ["topk(1, a)", "rate(a[5m] offset 5m)", "rate(a[5m:1m])", "a > bool 1", "sum without (b) (a)", "time()", "a * group_right b"])
 def test_what_is_not_known_is_no_number(expr: str) -> None:
     samples = Samples()
     samples.add("a", frozenset({("b", "c")}), 0, 1)

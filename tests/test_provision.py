@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from kilocopy import dashboards, provision, rules
+from kilocopy import dashboards, kuberay, provision, rules
 from kilocopy.problem import ProblemError
 from kilocopy.provision import Watched
+from tests.deployments import spec
 from tests.test_cli import kilocopy, refused
 
 PROMTOOL = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian's package prometheus)")
@@ -24,6 +25,8 @@ EVERYTHING = Watched(
     servers=["http://10.0.0.1:8080/metrics", "https://vllm.example/v1/metrics"],
     servers_files=["/tmp/ray/prom_metrics_service_discovery.json"],  # noqa: S108
     cluster="pays $1 an hour",
+    model="org/m-1.5",
+    own=["http://127.0.0.1:9646/metrics"],
 )
 
 
@@ -42,6 +45,25 @@ def test_prometheus_takes_the_configuration(tmp_path: Path, watched: Watched) ->
     done = subprocess.run(["promtool", "check", "config", str(made["prometheus"])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(rules.RULES) + len(rules.ALERTS)} rules found" in done.stdout
+
+
+def test_pages_have_the_labels_that_rules_ask_for_whoever_finds_them() -> None:
+    """`job`, `cluster` and `model`: in a Prometheus of ours and by the operator's monitors, whose own job would be `namespace/name`."""
+
+    def named(relabelled: list[dict[str, Any]]) -> dict[str, str]:
+        return {rule.get("target_label", rule.get("targetLabel")): rule["replacement"] for rule in relabelled if "action" not in rule}
+
+    jobs = {job["job_name"]: named(job["relabel_configs"]) for job in provision.scrape_config(EVERYTHING)["scrape_configs"]}
+    servers = {"cluster": "pays $$1 an hour", "model": "org/m-1.5", "job": "servers"}
+    assert jobs == {"kilocopy": {}, "servers": {}, "more servers": servers, "more of kilocopy's": {"cluster": "pays $$1 an hour", "job": "kilocopy"}}
+    deployed = spec("h100")
+    monitors = [thing for thing in kuberay.objects(deployed)["monitoring.yaml"] if thing["kind"] == "PodMonitor"]
+    found = [named(endpoint["relabelings"]) for monitor in monitors for endpoint in monitor["spec"]["podMetricsEndpoints"]]
+    assert {"cluster": deployed.name, "model": deployed.model.id, "job": "servers"} in found
+    assert {"cluster": deployed.name, "job": "kilocopy"} in found
+    assert {labels["job"] for labels in found} == {"servers", "kilocopy"}
+    [duration] = [query for panel in dashboards.DRIVER.panels for query, _ in panel.queries if "scrape_duration" in query]
+    assert 'job=~"kilocopy|servers"' in duration
 
 
 def test_grafana_finds_the_dashboards_and_the_dashboards_their_source(tmp_path: Path) -> None:

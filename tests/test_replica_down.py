@@ -71,7 +71,7 @@ def state(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def prometheus(state: dict[str, Any], tmp_path: Path) -> Iterator[Prometheus]:
-    made = provision.render(tmp_path / "watched", provision.Watched(servers=state["metrics"], cluster="down"))
+    made = provision.render(tmp_path / "watched", provision.Watched(servers=state["metrics"], cluster="down", model="toy"))
     at = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--config.file={made['prometheus']}", f"--storage.tsdb.path={tmp_path / 'tsdb'}", f"--web.listen-address={at}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -114,6 +114,9 @@ def test_a_replica_that_is_killed_fires_the_alert_and_its_successor_clears_it(st
         ask(state["url"])
         return value("kilocopy:replicas") == count and value(WITH_COUNTERS) >= known
 
+    until(lambda: value("kilocopy:replicas") == 2, "two replicas, healthy before anybody asked them")
+    assert value(WITH_COUNTERS) == -1
+    assert value("kilocopy:server_copies") == 0
     until(lambda: serving(2, 2), "two replicas, healthy and with counters")
     assert value(ALERT) == -1
     replicas(state["mark"])[0].kill()

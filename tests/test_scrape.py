@@ -79,9 +79,9 @@ def test_without_targets_nothing_is_written(tmp_path: Path) -> None:
 
 def test_prometheus_finds_the_servers_pages(tmp_path: Path) -> None:
     """As file_sd wants them: an address of its own, the scheme and the path as labels; user and password are in no file."""
-    write_targets(tmp_path, ["http://127.0.0.1:8080/metrics", "https://u:secret@host/v1/metrics"], "smoke")
+    write_targets(tmp_path, ["http://127.0.0.1:8080/metrics", "https://u:secret@host/v1/metrics"], "smoke", "demo")
     groups = json.loads((tmp_path / "targets" / "servers.json").read_text())
-    labels = {"job": "servers", "cluster": "smoke"}
+    labels = {"job": "servers", "cluster": "smoke", "model": "demo"}
     assert groups == [
         {"targets": ["127.0.0.1:8080"], "labels": labels | {"__scheme__": "http", "__metrics_path__": "/metrics"}},
         {"targets": ["host"], "labels": labels | {"__scheme__": "https", "__metrics_path__": "/v1/metrics"}},
@@ -108,7 +108,7 @@ def test_a_silent_page_keeps_no_other_waiting(tmp_path: Path, page: str, silent:
 
 def test_the_fleet_is_followed_and_its_changes_are_events(tmp_path: Path, page: str) -> None:
     def running(**fleet: str) -> dict[str, object]:
-        return {"alive": True, "name": "s", "metrics": [page], "fleet": [{"replica": name, "node": node, "state": "RUNNING"} for name, node in fleet.items()]}
+        return {"alive": True, "name": "s", "model": "m", "metrics": [page], "fleet": [{"replica": name, "node": node, "state": "RUNNING"} for name, node in fleet.items()]}
 
     other = "http://10.255.0.2:1/metrics"
     states = iter([running(a="127.0.0.1", b="10.255.0.2") | {"metrics": [page, other]}, running(a="127.0.0.1"), running(a="127.0.0.1", c="127.0.0.1")])

@@ -116,7 +116,7 @@ def test_the_terminal_says_what_pages_and_rules_say(tmp_path: Path, pages: Pages
     """400 tokens/s and 300 words/s from 4 copies; the rented device's price; engines with and without gauges; no meter."""
     run = Ongoing(begun(tmp_path))
     driven, live = Driven(run, pages), Live(run.run_dir)
-    write_targets(run.run_dir, [f"http://{pages.at}/engines"], run.spec.name)
+    write_targets(run.run_dir, [f"http://{pages.at}/engines"], run.spec.name, run.spec.model.id)
     screen = Screen(live, run)
     for step in range(40):
         driven.step()
@@ -256,6 +256,20 @@ def test_a_prometheus_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypa
     monkeypatch.setattr(viewers, "working_engine", lambda: None)
     with pytest.raises(ProblemError, match=re.escape(said)), viewers.start(Ongoing(begun(tmp_path)), None, None):
         pass
+
+
+def test_an_ended_run_comes_back_by_docker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there to show it counts, not what recorded it."""
+    run = Ongoing(begun(tmp_path))
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin", "docker", "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "prometheus" else str(tmp_path / "bin" / name))
+    assert not viewers.recorded(run)  # nothing was
+    (run.run_dir / "watch/data/prometheus/wal").mkdir(parents=True)
+    assert viewers.recorded(run)
+    script(tmp_path / "bin", "docker", "exit 1")
+    assert not viewers.recorded(run)
 
 
 def test_a_port_in_use_is_one_sentence_and_the_usual_one_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
