@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from kilocopy.problem import ProblemError
 from kilocopy.ratios import Basis, RatioEstimate, Reading, ratio
@@ -102,6 +103,7 @@ class Comparison(Frozen):
     left_out: list[str]
     rows: list[Row]
     points: list[Point]
+    simulated: dict[str, str] = Field(default_factory=dict)  # sides on which no model ran: what stood in for it
 
 
 def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None) -> Comparison:
@@ -129,6 +131,7 @@ def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None) -
         left_out=list(dict.fromkeys(left_out)),
         rows=rows,
         points=_frontier([point for side in sides for point in _points(side)]),
+        simulated={side.name: said for side in sides for said in dict.fromkeys(run.summary.simulated for run in side.runs) if said},
     )
 
 

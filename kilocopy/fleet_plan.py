@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -38,12 +39,14 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
     after = planning.play(replica, spec, asked, best.replicas, min(node, best.replicas - 1))[1] if best.replicas > 1 and node else None
     own = planning.deviations(replica, spec, finished)
     cost = planning.bill(spec, finished, best)
+    stood_in = [one.summary.simulated for one in (finished, *([read(against)] if against else [])) if one.summary.simulated]
     page = sheet(spec, asked, tried, after, cost, found, own, checked)
+    page = replace(page, headline=" ".join([*dict.fromkeys(stood_in), page.headline]))
     write_sheet(page, html)
     if as_json:
         parts: dict[str, Sequence[Frozen]] = {"tried": tried, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
         told = {name: [one.model_dump() for one in part] for name, part in parts.items()}
-        print(json.dumps(told | {"stored_validation": planning.stored()}, indent=2))
+        print(json.dumps(told | {"stored_validation": planning.stored(), "simulated": finished.summary.simulated}, indent=2))
     else:
         print_sheet(page, Console(highlight=False))
     print(f"page: {html.resolve()}", file=sys.stderr)

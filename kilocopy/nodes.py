@@ -168,8 +168,7 @@ def balance(spec: Spec, stage: Stage, seen: Fleet) -> Balance | None:
 
 def counted(spec: Spec, stages: Sequence[Stage], recording: Recording) -> list[Stage]:
     """The stages with their nodes and the router's balance; where it was off, a note of the verdict says so."""
-    lost_s = {str(event["replica"]): float(event["t_s"]) for event in recording.events if event["event"] == "replica_lost"}
-    seen, found = fleet(recording.server, lost_s), []
+    seen, found = fleet(recording.server, replicas.lost_s(recording.events)), []
     for stage in stages:
         even = balance(spec, stage, seen)
         notes = [Reason(code="router-unbalanced", sentence=even.sentence)] if even is not None and even.off else []

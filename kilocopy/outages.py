@@ -30,53 +30,60 @@ BACK_S = 3
 
 @dataclass
 class Loss:
-    """What was noticed as lost at once: nodes, and replicas with their node. `told` by the serving process, else only a page that fell silent."""
+    """What was noticed as lost at once: nodes, replicas and routers with their node. `told` by the serving process, else only a page that fell silent."""
 
     noticed_s: float
     told: bool
     nodes: list[str] = field(default_factory=list)
     replicas: dict[str, str] = field(default_factory=dict)
+    routers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         named = [f"node {node}{'' if self.told else ' (its metrics page stopped answering)'}" for node in self.nodes]
         named += [f"replica {name} on {node}" for name, node in self.replicas.items() if node not in self.nodes]
+        named += [f"the router on {node}" for node in self.routers.values() if node not in self.nodes]
         along = sum(node in self.nodes for node in self.replicas.values())
-        return ", ".join(named) + (f" with {along} replica{'s' * (along > 1)}" if along else "")
+        went = [f"{along} replica{'s' * (along > 1)}"] if along else []
+        went += ["the router"] if any(node in self.nodes for node in self.routers.values()) else []
+        return ", ".join(named) + (f" with {' and '.join(went)}" if went else "")
 
 
 def losses(events: Sequence[dict[str, Any]], server: Samples) -> list[Loss]:
     """What died, in order of when it was noticed."""
-    told = [event for event in events if event["event"] in {"node_lost", "replica_lost"}]
-    marks = [(float(event["t_s"]), str(event.get("replica", "")), str(event["node"])) for event in told] or _silent(server)
+    told = [event for event in events if event["event"] in {"node_lost", "replica_lost", "router_lost"}]
+    marks = [(float(event["t_s"]), str(event.get("replica", "")), str(event.get("router", "")), str(event["node"])) for event in told]
     found: list[Loss] = []
-    for at_s, replica, node in sorted(marks):
+    for at_s, replica, router, node in sorted(marks or _silent(server)):
         if not found or at_s - found[-1].noticed_s > TOGETHER_S:
             found.append(Loss(at_s, bool(told)))
         if replica:
             found[-1].replicas[replica] = node
+        elif router:
+            found[-1].routers[router] = node
         elif node not in found[-1].nodes:
             found[-1].nodes.append(node)
     return found
 
 
-def _silent(server: Samples) -> list[tuple[float, str, str]]:
+def _silent(server: Samples) -> list[tuple[float, str, str, str]]:
     """Pages that ended while others went on, where no serving process told."""
     last_s = {str(target): float(server.time_s[server.target == target].max()) for target in set(server.target.tolist())}
     end_s = max(last_s.values(), default=0.0)
-    return [(at_s, "", node_of(target, {})) for target, at_s in last_s.items() if at_s < end_s - SILENT_S]
+    return [(at_s, "", "", node_of(target, {})) for target, at_s in last_s.items() if at_s < end_s - SILENT_S]
 
 
 def outages(recording: Recording, spans: Sequence[Span]) -> list[Outage]:
     """Every loss while a stage was asking, with its dip."""
     found = []
-    back = [(float(event["t_s"]), str(event["replica"])) for event in recording.events if event["event"] == "replica_running"]
+    back, routing = ([float(event["t_s"]) for event in recording.events if event["event"] == f"{kind}_running"] for kind in ("replica", "router"))
     for loss in losses(recording.events, recording.server):
         for span in spans:
             stop_s = min(span.stop_s if span.stop_s is not None else np.inf, recording.end_s)
             streams = recording.of(span.index, span.level)
             at_s = _began_s(streams, loss)
             if span.start_s <= at_s < stop_s:
-                found.append(_outage(streams, span, stop_s, loss, at_s, [when_s for when_s, _ in back if when_s >= at_s]))
+                alone = loss.routers and not loss.replicas and not loss.nodes
+                found.append(_outage(streams, span, stop_s, loss, at_s, [when_s for when_s in (routing if alone else back) if when_s >= at_s]))
                 break
     return found
 
@@ -114,7 +121,7 @@ def _outage(streams: Streams, span: Span, stop_s: float, loss: Loss, at_s: float
     told: dict[str, Any] = {
         "stage": span.index, "level": span.level, "what": str(loss), "at_s": at_s, "noticed_s": loss.noticed_s, "replicas_lost": len(loss.replicas),
         "before_tokens_per_s": usual, "lowest_tokens_per_s": lowest, "depth_fraction": depth, "recovered_after_s": recovered_s,
-        "replaced_after_s": replaced_s, "watched_s": stop_s - at_s, "errors": errors,
+        "routers_lost": len(loss.routers), "replaced_after_s": replaced_s, "watched_s": stop_s - at_s, "errors": errors,
     }  # fmt: skip
     return Outage(**told, sentence=_sentence(told))
 
@@ -132,9 +139,10 @@ def _sentence(told: dict[str, Any]) -> str:
             said.append(f"not back at {100 * BACK_FRACTION:.0f} % of it within the {told['watched_s']:.0f} s that were left of the stage")
         else:
             said.append(f"back at {100 * BACK_FRACTION:.0f} % of it after {told['recovered_after_s']:.1f} s")
+    what = "as many replicas" if told["replicas_lost"] or not told["routers_lost"] else "a router"
     if told["replaced_after_s"] is not None:
-        said.append(f"Ray had as many replicas running again after {told['replaced_after_s']:.1f} s")
-    elif told["replicas_lost"]:
-        said.append("Ray did not bring as many replicas back while the run went on")
+        said.append(f"Ray had {what} running again after {told['replaced_after_s']:.1f} s")
+    elif told["replicas_lost"] or told["routers_lost"]:
+        said.append(f"Ray did not bring {what} back while the run went on")
     failed = ", ".join(f"{count:,} {kind}" for kind, count in told["errors"].items())
     return "; ".join(said) + (f". Failed from then on: {failed}." if failed else ". No request failed.")

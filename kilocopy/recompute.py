@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kilocopy import __version__, experiment, measure, nodes, outages, price, recording, records, verifier, windows
+from kilocopy import __version__, experiment, measure, nodes, outages, price, recording, records, replicas, verifier, windows
 from kilocopy.corpus import corpus
 from kilocopy.findings import find
 from kilocopy.headline import headline, searches
@@ -69,7 +69,8 @@ def summarise(run_dir: Path) -> Summary:
 
 def _measured(run_dir: Path, manifest: dict[str, Any]) -> Measured:
     spec = _spec(run_dir, manifest)
-    recorded = recording.load(run_dir)
+    loaded = recording.load(run_dir)
+    recorded = replace(loaded, server=replicas.living(loaded.server, replicas.lost_s(loaded.events)))
     found = [span for span in windows.spans(recorded.events) if 0 <= span.index < len(spec.stages)]
     stages = nodes.counted(spec, [_stage(spec, recorded, span, manifest) for span in found], recorded)
     return Measured(manifest, spec, recorded, found, stages)

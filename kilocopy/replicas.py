@@ -6,12 +6,15 @@ A replica is told apart by the label that its exporter gives it (Ray's `ReplicaI
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kilocopy.identity import rise
+from kilocopy.metrics import GAUGES
 from kilocopy.recording import Floats, Samples
 
 
@@ -45,6 +48,25 @@ def names(server: Samples) -> npt.NDArray[np.object_]:
 def _name(target: str, labels: str) -> str:
     told = json.loads(labels)
     return str(told.get("ReplicaId") or told.get("replica") or f"{target} {labels}")
+
+
+def lost_s(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """When each replica died, by the serving process's word."""
+    return {str(event["replica"]): float(event["t_s"]) for event in events if event["event"] == "replica_lost"}
+
+
+def living(server: Samples, died_s: Mapping[str, float]) -> Samples:
+    """Without the gauges of replicas after their death: Ray's pages go on showing the last ones, as if it still held its copies.
+
+    Counters stay, for what a dead replica counted was counted.
+    """
+    if not died_s:
+        return server
+    who, kept = names(server), ~np.isin(server.name, GAUGES)
+    for replica, at_s in died_s.items():
+        kept |= (who == replica) & (server.time_s <= at_s)
+    kept |= ~np.isin(who, list(died_s))
+    return Samples(**{name: column[kept] for name, column in vars(server).items()})
 
 
 def gauge(server: Samples, name: str, start_s: float, end_s: float) -> Use | None:

@@ -59,7 +59,7 @@ class Scraper:
 
     A target that does not answer is skipped and counted in `failures`; the run goes on, its checks say `not checked`, and the others
     are not kept waiting. `look` gives the state of the serving process where there is one: its pages are followed when nodes come and
-    go, and what happens to its replicas becomes events of the run (`replica_running`, `replica_lost`, `node_lost`, `node_joined`).
+    go, and what happens to its replicas becomes events of the run (`replica_running`, `replica_lost`, `router_running`, `router_lost`, `node_lost`, `node_joined`).
     """
 
     def __init__(
@@ -151,16 +151,19 @@ def read_page(target: str) -> tuple[int, Found]:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Which replicas run, each with its node, and which nodes are there."""
+    """Which replicas and routers run, each with its node, and which nodes are there."""
 
     replicas: Mapping[str, str]
+    routers: Mapping[str, str]
     nodes: frozenset[str]
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Fleet:
         """As the serving process's state says."""
-        running = {str(one["replica"]): str(one["node"]) for one in state.get("fleet", ()) if one["state"] == "RUNNING"}
-        return cls(running, frozenset(urlparse(page).hostname or page for page in state["metrics"]))
+        running, routing = (
+            {str(one["replica"]): str(one["node"]) for one in state.get(part, ()) if one["state"] == "RUNNING"} for part in ("fleet", "routers")
+        )
+        return cls(running, routing, frozenset(urlparse(page).hostname or page for page in state["metrics"]))
 
     def since(self, before: Fleet | None) -> Iterator[tuple[str, dict[str, str]]]:
         """The events that lie between."""
@@ -168,7 +171,6 @@ class Fleet:
             return
         yield from (("node_lost", {"node": node}) for node in sorted(before.nodes - self.nodes))
         yield from (("node_joined", {"node": node}) for node in sorted(self.nodes - before.nodes))
-        for replica in sorted(set(before.replicas) - set(self.replicas)):
-            yield "replica_lost", {"replica": replica, "node": before.replicas[replica]}
-        for replica in sorted(set(self.replicas) - set(before.replicas)):
-            yield "replica_running", {"replica": replica, "node": self.replicas[replica]}
+        for kind, then, now in (("replica", before.replicas, self.replicas), ("router", before.routers, self.routers)):
+            yield from ((f"{kind}_lost", {kind: name, "node": then[name]}) for name in sorted(set(then) - set(now)))
+            yield from ((f"{kind}_running", {kind: name, "node": now[name]}) for name in sorted(set(now) - set(then)))

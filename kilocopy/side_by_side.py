@@ -54,7 +54,7 @@ def sheet(comparison: Comparison) -> Sheet:
     places = [(at, list(rows)) for at, rows in groupby(sorted(comparison.rows, key=_order), key=lambda row: row.at)]
     return Sheet(
         title=f"{', '.join([comparison.baseline, *comparison.others])} compared",
-        headline=_headline(comparison),
+        headline=" ".join([*simulated(comparison), _headline(comparison)]),
         notes=_notes(comparison),
         sections=[
             *(_ratios(comparison, at, rows) for at, rows in places if at == OWN_N_SLO),
@@ -64,6 +64,11 @@ def sheet(comparison: Comparison) -> Sheet:
             Section("What is compared", sentences=_compared(comparison)),
         ],
     )
+
+
+def simulated(comparison: Comparison) -> list[str]:
+    """What has to be read before any figure, where no model ran on a side."""
+    return [f"{side}: {said}" for side, said in comparison.simulated.items()]
 
 
 def _ratios(comparison: Comparison, at: str, rows: list[Row]) -> Section:

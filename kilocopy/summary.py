@@ -260,7 +260,7 @@ class Balance(Frozen):
 
 
 class Outage(Frozen):
-    """A replica or a node that died while a stage was asking. Rates are of all tokens that arrived, those of broken streams too."""
+    """A replica, a router or a node that died while a stage was asking. Rates are of all tokens that arrived, those of broken streams too."""
 
     stage: int
     level: int = 0
@@ -268,11 +268,12 @@ class Outage(Frozen):
     at_s: float  # the first failure, else when it was noticed
     noticed_s: float
     replicas_lost: int
+    routers_lost: int = 0
     before_tokens_per_s: float | None  # median of the seconds of up to 30 s; null where the stage had run under 3 s
     lowest_tokens_per_s: float | None  # the worst second
     depth_fraction: float | None
     recovered_after_s: float | None  # until 90 % of the rate before, in the mean of 3 s; null: not while the stage asked
-    replaced_after_s: float | None  # until Serve had as many replicas running again; null: not while the run went on
+    replaced_after_s: float | None  # until Serve had as many replicas (where a router alone died: a router) running again; null: not while the run went on
     watched_s: float  # from the loss to the end of the stage's asking
     errors: dict[str, int]  # of the stage from the loss on, by outcome
     sentence: str

@@ -115,6 +115,16 @@ def test_a_student_of_half_the_time_costs_half(make: Make) -> None:
     assert "student (quality 0.7)" in page
 
 
+def test_that_no_model_ran_is_repeated_first(make: Make) -> None:
+    """A simulated engine's figures are nobody's speed, also beside a real one's."""
+    cluster = {"replicas": 2, "hardware": {"kind": "cpu"}, "simulated_engine": {"step_s": 0.05}}
+    page = {"words": 500, "words_per_token": synthetic.quoted(0.75)}
+    real, made_up = make("real", page=page), make("made-up", 0.05, page=page, cluster=cluster)
+    found = compare(sides([real, made_up]))
+    assert list(found.simulated) == ["made-up"]
+    assert side_by_side.sheet(found).headline.startswith("made-up: SIMULATED ENGINE: no model ran")
+
+
 def test_one_run_each_says_where_its_interval_is_from(make: Make) -> None:
     found = compare(sides([make("a", 0.1037), make("b", 0.0513)]))  # batches that begin amid tokens: a rate that is not the same in all
     price = row(found, "usd_per_page", "4 copies").ratio

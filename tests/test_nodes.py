@@ -69,9 +69,16 @@ def test_what_ray_s_page_goes_on_saying_of_a_dead_replica_is_left_out(tmp_path: 
         scrape(run, second, "r1", 10 * second, 1)
         scrape(run, second, "r2", 10 * min(second, 6), 1)
     run.event("replica_lost", 6.5, replica="r2", node=NODES["r2"])
-    (stage,) = summarise(run.end(settled_s + 1)).stages
+    summary = summarise(run.end(settled_s + 1))
+    (stage,) = summary.stages
     (node,) = stage.nodes
     assert stage.window is not None
+    # Nor do its copies count as held where those of the driver are held against the servers', nor on the time line.
+    held = next(check for check in stage.checks if check.name == "copies_client_vs_server")
+    start_s, end_s = stage.window.start_s, stage.window.end_s
+    assert held.right == pytest.approx(1 + (6.5 - start_s) / (end_s - start_s), abs=0.05)
+    assert stage.copies.n_run_server == held.right
+    assert {round(one.t_s): one.server_running for one in summary.timeline}[15] == pytest.approx(1)
     share = sum(stage.window.start_s <= second <= 6 for second in range(40)) / sum(stage.window.start_s <= second <= stage.window.end_s for second in range(40))
     assert node.copies == pytest.approx(1 + share)
     assert stage.balance is None  # only one was there all the time
@@ -115,6 +122,25 @@ def test_a_dead_node_s_dip_and_recovery(tmp_path: Path) -> None:
     assert outage.recovered_after_s == pytest.approx(6, abs=1.1)
     assert outage.replaced_after_s == pytest.approx(15.5)
     assert outage.errors == {"truncated": 2}
+
+
+def test_a_router_that_died_alone_is_an_outage_of_its_own(tmp_path: Path) -> None:
+    """No replica went: what is waited for is a router."""
+    run = Run(tmp_path, spec(stages=[{"arrival": "closed", "copies": 1, "duration_s": 38, "warmup_s": 1, "ramp_s": 1}]))
+    run.event("run_start", 0)
+    at_s = 0.0
+    for sequence in range(40):
+        if sequence == 15:
+            at_s = run.failure(at_s, at_s + 1, "http_5xx", sequence=sequence)
+        at_s = run.stream(at_s, sequence=40 + sequence)
+    run.marks(0, 0, 40, 42)
+    run.event("router_lost", 17, router="x", node="10.0.0.1")
+    run.event("router_running", 18, router="y", node="10.0.0.2")
+    (outage,) = summarise(run.end(43)).outages
+    assert (outage.what, outage.replicas_lost, outage.routers_lost) == ("the router on 10.0.0.1", 0, 1)
+    assert outage.at_s == pytest.approx(16)
+    assert "Ray had a router running again after 2.0 s" in outage.sentence
+    assert outage.errors == {"http_5xx": 1}
 
 
 def test_what_does_not_come_back_is_said(tmp_path: Path) -> None:

@@ -212,3 +212,6 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "When one node (1 replica) dies" in " ".join(done.stdout.split())
     assert (tmp_path / "plan.html").stat().st_size > 10**6
     assert "one of them" in refused(kilocopy("plan", "one", cwd=tmp_path))
+    tree = json.loads((tmp_path / "one" / "summary.json").read_text()) | {"simulated": "SIMULATED ENGINE: no model ran."}
+    (tmp_path / "one" / "summary.json").write_text(json.dumps(tree))
+    assert kilocopy("plan", "one", "--rate", "40", cwd=tmp_path).stdout.startswith("SIMULATED ENGINE: no model ran. 40 requests/s within the SLO: ")

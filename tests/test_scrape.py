@@ -108,10 +108,12 @@ def test_a_silent_page_keeps_no_other_waiting(tmp_path: Path, page: str, silent:
 
 def test_the_fleet_is_followed_and_its_changes_are_events(tmp_path: Path, page: str) -> None:
     def running(**fleet: str) -> dict[str, object]:
-        return {"alive": True, "name": "s", "model": "m", "metrics": [page], "fleet": [{"replica": name, "node": node, "state": "RUNNING"} for name, node in fleet.items()]}
+        held = [{"replica": name, "node": node, "state": "RUNNING"} for name, node in fleet.items()]
+        return {"alive": True, "name": "s", "model": "m", "metrics": [page], "fleet": held, "routers": [one | {"replica": f"router-{len(held)}"} for one in held[:1]]}
 
     other = "http://10.255.0.2:1/metrics"
-    states = iter([running(a="127.0.0.1", b="10.255.0.2") | {"metrics": [page, other]}, running(a="127.0.0.1"), running(a="127.0.0.1", c="127.0.0.1")])
+    two = running(a="127.0.0.1", b="10.255.0.2")
+    states = iter([two | {"metrics": [page, other]}, running(a="127.0.0.1"), running(a="127.0.0.1", c="127.0.0.1")])
     last: dict[str, object] = {}
 
     def look() -> dict[str, object]:
@@ -120,8 +122,13 @@ def test_the_fleet_is_followed_and_its_changes_are_events(tmp_path: Path, page: 
 
     with Scraper(tmp_path, [page], interval_s=0.05, look=look):
         until_s = time.monotonic() + 20
-        while time.monotonic() < until_s and len(records.read_events(tmp_path)) < 3:
+        while time.monotonic() < until_s and len(records.read_events(tmp_path)) < 7:
             time.sleep(0.05)
-    events = [(event["event"], event.get("replica"), event["node"]) for event in records.read_events(tmp_path)]
-    assert events == [("node_lost", None, "10.255.0.2"), ("replica_lost", "b", "10.255.0.2"), ("replica_running", "c", "127.0.0.1")]
+    events = [(event["event"], event.get("replica") or event.get("router"), event["node"]) for event in records.read_events(tmp_path)]
+    assert [event for event in events if "router" not in event[0]] == [
+        ("node_lost", None, "10.255.0.2"), ("replica_lost", "b", "10.255.0.2"), ("replica_running", "c", "127.0.0.1")
+    ]  # fmt: skip
+    assert [(event, router) for event, router, _ in events if "router" in event] == [
+        ("router_lost", "router-2"), ("router_running", "router-1"), ("router_lost", "router-1"), ("router_running", "router-2")
+    ]  # fmt: skip
     assert json.loads((tmp_path / "targets" / "servers.json").read_text())[0]["targets"] == [page.removeprefix("http://").removesuffix("/metrics")]
