@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from cluster import application
+from cluster import application, power_nodes
 from kilocopy.application import APPLICATION, DIRECT, environment, measured_environment
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.records import write_json
@@ -110,7 +110,7 @@ def free_port() -> int:
 
 def serve(spec: Spec, state: State, local: bool) -> None:
     """Start, deploy, warm up, then watch until stopped. Raises StartError."""
-    import ray  # noqa: F401, PLC0415  before the thread, so that both use one whole module
+    import ray  # noqa: PLC0415  before the thread, so that both use one whole module
 
     # Importing vLLM (13 s of CPU) and starting Ray's processes (8 s, mostly waiting) go side by side. A simulated engine needs no vLLM.
     module = "ray.serve" if spec.cluster.simulated_engine is not None else "ray.serve.llm"
@@ -125,21 +125,29 @@ def serve(spec: Spec, state: State, local: bool) -> None:
     warm_up(spec)
     if local:
         yield_to_driver()
-    state.set(phase="ready", url=f"http://127.0.0.1:{spec.cluster.port}", metrics=metrics_targets(), ready_at=time.time())
-    watch(state)
+    meters = None if local else power_nodes.Nodes()  # of a local Ray whoever drives reads this host's own
+    power = [f"http://{meters.page.listen('127.0.0.1', 0)}/metrics"] if meters else []
+    where = {"url": f"http://127.0.0.1:{spec.cluster.port}", "ray": ray.get_runtime_context().gcs_address, "power": power}
+    state.set(phase="ready", metrics=metrics_targets(), ready_at=time.time(), **where)
+    watch(state, meters)
 
 
-def watch(state: State) -> None:
+def watch(state: State, meters: power_nodes.Nodes | None) -> None:
     """Keep the state true until stopped. While Ray's control plane does not answer (its controller is being restarted) the last state stands."""
     silent_since_s = None
-    while not STOP.wait(1.0):
+    while True:
         try:
-            state.set(**observe(), metrics=metrics_targets())
+            seen = observe()
+            state.set(**seen, metrics=metrics_targets())
+            if meters:
+                meters.follow({str(one["node"]) for one in seen["fleet"] if one["node"]})
             silent_since_s = None
         except Exception as error:
             silent_since_s = silent_since_s or time.monotonic()
             if time.monotonic() - silent_since_s > CONTROL_SILENT_S:
                 raise StartError(f"Ray's control plane has not answered for {CONTROL_SILENT_S:g} s: {first_line(error)}") from error
+        if STOP.wait(1.0):
+            return
 
 
 def start_ray(spec: Spec, local: bool) -> None:
@@ -277,20 +285,23 @@ def observe() -> dict[str, Any]:
     """How the application stands: its status, its deployments' complaint if any, its replicas by state, and each with its node."""
     app = details().get(APPLICATION)
     if app is None:
-        return {"application": "DEPLOYING", "message": "", "replicas": {}, "fleet": []}
-    message, fleet = "", []
+        return {"application": "DEPLOYING", "message": "", "replicas": {}, "fleet": [], "routers": []}
+    message, fleet, routers = "", [], []
     for name, deployment in app["deployments"].items():
+        held = sorted(
+            ({"replica": one["replica_id"], "node": one.get("node_ip"), "state": word(one["state"])} for one in deployment["replicas"]),
+            key=lambda one: (str(one["node"]), one["replica"]),
+        )
         if name.startswith("LLMServer"):
-            fleet = sorted(
-                ({"replica": one["replica_id"], "node": one.get("node_ip"), "state": word(one["state"])} for one in deployment["replicas"]),
-                key=lambda one: (str(one["node"]), one["replica"]),
-            )
+            fleet = held
+        elif name.startswith("LLMRouter"):
+            routers = held
         text = deployment["message"] or ""
         if "Traceback" in text or "failed to start" in text or "exception" in text.lower():
             message = message or text
     if word(app["status"]) == "DEPLOY_FAILED":
         message = message or app["message"]
-    return {"application": word(app["status"]), "message": message, "replicas": dict(Counter(one["state"] for one in fleet)), "fleet": fleet}
+    return {"application": word(app["status"]), "message": message, "replicas": dict(Counter(one["state"] for one in fleet)), "fleet": fleet, "routers": routers}
 
 
 def word(state: Any) -> str:

@@ -9,11 +9,13 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -21,6 +23,9 @@ import typer
 from kilocopy import __version__, deploying, doctor, faults, manifest, placement, provision, receiving, serving, starting
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, load
+
+if TYPE_CHECKING:
+    from kilocopy.run import Lead
 
 app = typer.Typer(
     help=__doc__.split("\n")[0] if __doc__ else None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -169,6 +174,9 @@ def drive(
     metrics: Annotated[
         list[str] | None, typer.Option("--metrics", help="Its metrics page, for the identity checks; may be repeated.")
     ] = None,
+    power: Annotated[
+        list[str] | None, typer.Option("--power", metavar="URL", help="A page of a serving node's power meters (`python -m cluster.power --page` there); may be repeated.")
+    ] = None,
     web: Web = False,
     workers: Workers = 1,
     runs: RunsDir = Path("runs"),
@@ -176,7 +184,8 @@ def drive(
     resume: Resume = None,
     again: Again = "none",
     join: Annotated[int | None, typer.Option("--join", metavar="N", min=1, max=4096, help="Lead N workers that `kilocopy join` starts elsewhere; secret in KILOCOPY_JOIN_TOKEN.")] = None,
-    bind: Annotated[str, typer.Option("--bind", metavar="HOST:PORT", help="Where the leader listens for them.")] = "127.0.0.1:5557",
+    place: Annotated[Literal["hand", "ray"], typer.Option("--place", help="Who starts them: you, or the Ray of what is served here (else of RAY_ADDRESS), a CPU slot each.")] = "hand",
+    bind: Annotated[str | None, typer.Option("--bind", metavar="HOST:PORT", help="Where the leader listens for them; 127.0.0.1:5557, with --place ray this node's address in Ray.")] = None,
     join_s: Annotated[float, typer.Option("--join-s", min=1, help="How long they may take to join, s.")] = 300,
 ) -> None:
     """Drive the stages against what `kilocopy serve` started, or against any URL, and report."""
@@ -200,20 +209,41 @@ def drive(
         raise ProblemError("--url: leave user, password and query out of the address; an API key goes into KILOCOPY_API_KEY")
     base = url.rstrip("/").removesuffix("/v1")
     shares_host = manifest.is_this_host(url)
-    lead = None
-    if join is not None:
-        lead = run.Lead(receiving.parse_address(bind, "--bind"), receiving.need_token(os.environ.get(receiving.TOKEN)), join_s)
-        if workers != 1 or loaded.experiment is not None:
-            other = "--workers" if workers != 1 else "experiment:"
-            raise ProblemError(f"{other} and --join do not go together: --join leads workers that are started elsewhere, once, for one run")
+    if place == "ray" and join is None:
+        raise ProblemError("--place ray: how many workers? Give --join N")
+    if join is not None and (workers != 1 or loaded.experiment is not None):
+        other = "--workers" if workers != 1 else "experiment:"
+        raise ProblemError(f"{other} and --join do not go together: --join leads workers that are started elsewhere, once, for one run")
     if loaded.experiment is not None:
+        if power:
+            raise ProblemError("--power: an experiment takes no pages of power meters; a Ray that `kilocopy serve --address` joined is metered without it")
         summary = campaign.drive(
             loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=workers, quiet=as_json, resume=resume, again=again
         )
         return _finish(summary, as_json)
     _no_experiment(resume, again)
-    run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=join or workers, lead=lead)
+    with contextlib.ExitStack() as stack:
+        lead = stack.enter_context(_leading(join, place, bind, join_s, state)) if join is not None else None
+        run_dir = run.drive(loaded, runs, base, targets=metrics or [], web=web, shares_host=shares_host, workers=join or workers, lead=lead, power=power)
     return _finish(run.report(run_dir, quiet=as_json), as_json)
+
+
+@contextlib.contextmanager
+def _leading(join: int, place: str, bind: str | None, join_s: float, state: dict[str, Any] | None) -> Iterator[Lead]:
+    """Where the workers join. Placed by Ray, they end with the `with` block; nobody else needs the token then, and one is made where there is none."""
+    from kilocopy.placing import Placer
+    from kilocopy.run import Lead
+
+    if place == "hand":
+        yield Lead(receiving.parse_address(bind or "127.0.0.1:5557", "--bind"), receiving.need_token(os.environ.get(receiving.TOKEN)), join_s)
+        return
+    serving_ray = state.get("ray") if state and state["alive"] else None
+    address = serving_ray or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ProblemError("--place ray: which Ray? Serve from here (`kilocopy serve --address`), or set RAY_ADDRESS")
+    token = receiving.need_token(os.environ.get(receiving.TOKEN) or secrets.token_hex(16))
+    with Placer(address, join, token) as placer:
+        yield Lead(receiving.parse_address(bind, "--bind") if bind else placer.bind(), token, join_s, placer)
 
 
 @app.command("join")

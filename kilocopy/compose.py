@@ -14,13 +14,14 @@ from typing import Any
 
 from kilocopy import placement, provision
 from kilocopy.application import IMAGE_CHECKOUT, environment
-from kilocopy.kuberay import EXPORT_PORT, GID, UID, instance
+from kilocopy.kuberay import EXPORT_PORT, GID, POWER_PORT, UID, instance
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Deploy, GpuReplica, Spec
 from kilocopy.tool import call, show
 
 DCGM_IMAGE = "nvcr.io/nvidia/k8s/dcgm-exporter:4.6.0-4.8.3-distroless"
 PROMETHEUS, GRAFANA, DCGM = 9090, 3000, 9400
+RUN_POWER_PORT = POWER_PORT - 1  # the driver's page of the joules of its run
 MOUNTED_SPEC, STATE, RUNS = "/etc/kilocopy/spec.yaml", "/state", "/runs"
 
 
@@ -33,7 +34,8 @@ def files(spec: Spec) -> dict[str, str]:
     if deploy.models is not None:
         raise ProblemError("deploy.models: a claim is Kubernetes'; for --target compose give model.source as a Hugging Face id, s3:// or gs://")
     # A run's own targets folder is a directory of its own below RUNS, where file_sd cannot look: the driver's pages have ports that are known beforehand.
-    pages = [f"http://127.0.0.1:{EXPORT_PORT + worker}/metrics" for worker in range(placed.driver_workers)]
+    ports = [POWER_PORT, RUN_POWER_PORT, *(EXPORT_PORT + worker for worker in range(placed.driver_workers))]
+    pages = [f"http://127.0.0.1:{port}/metrics" for port in ports]
     watched = provision.Watched(targets=[f"{STATE}/targets/*.json"], own=pages, cluster=spec.name, model=spec.model.id)
     made = {f"watch/{name}": text for name, text in provision.files(watched, f"http://127.0.0.1:{PROMETHEUS}", "/watch").items()}
     if placed.gpus_per_node:
@@ -45,7 +47,8 @@ def files(spec: Spec) -> dict[str, str]:
 
 
 def _compose(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
-    services = {"server": _server(spec, deploy, placed), "driver": _driver(deploy, placed), "prometheus": _prometheus(), "grafana": _grafana()}
+    services = {"server": _server(spec, deploy, placed), "power": _power(spec, deploy, placed), "driver": _driver(deploy, placed)}
+    services |= {"prometheus": _prometheus(), "grafana": _grafana()}
     if placed.gpus_per_node:
         services["dcgm-exporter"] = _dcgm()
     volumes: dict[str, Any] = {"state": {}, "hub": {}, "prometheus": {}, "grafana": {}}
@@ -81,17 +84,34 @@ def _server(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str
             "start_period": f"{spec.cluster.start_timeout_s:.0f}s",
         },
     }
-    if isinstance(spec.cluster.hardware, GpuReplica):
-        device = {"driver": "nvidia", "count": placed.gpus_per_node, "capabilities": ["gpu"]}
-        server["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
-    return server
+    return server | _gpus(spec, placed)
+
+
+def _gpus(spec: Spec, placed: placement.Placement) -> dict[str, Any]:
+    """The GPUs that serve."""
+    if not isinstance(spec.cluster.hardware, GpuReplica):
+        return {}
+    device = {"driver": "nvidia", "count": placed.gpus_per_node, "capabilities": ["gpu"]}
+    return {"deploy": {"resources": {"reservations": {"devices": [device]}}}}
+
+
+def _power(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
+    """The power meters' page: of the server's GPUs, and of the CPU packages where the host lets a plain user read them."""
+    meter = _own(deploy) | {
+        "command": ["python", "-m", "cluster.power", "--page", "--port", str(POWER_PORT)],
+        "environment": [f"PYTHONPATH={IMAGE_CHECKOUT}"],
+    }
+    del meter["volumes"]
+    return meter | _gpus(spec, placed)
 
 
 def _driver(deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
     """Started on demand (`docker compose run --rm driver`); it sees the server's processes, to know that it still lives."""
     driver = _own(deploy) | {
-        "command": ["python", "-m", "kilocopy", "drive", MOUNTED_SPEC, "--runs", RUNS, "--workers", str(placed.driver_workers)],
-        "environment": [f"PYTHONPATH={IMAGE_CHECKOUT}", f"KILOCOPY_STATE={STATE}", f"KILOCOPY_EXPORT_PORT={EXPORT_PORT}", "HF_TOKEN", "KILOCOPY_API_KEY"],
+        "command": ["python", "-m", "kilocopy", "drive", MOUNTED_SPEC, "--runs", RUNS, "--workers", str(placed.driver_workers),
+                    "--power", f"http://127.0.0.1:{POWER_PORT}/metrics"],
+        "environment": [f"PYTHONPATH={IMAGE_CHECKOUT}", f"KILOCOPY_STATE={STATE}", f"KILOCOPY_EXPORT_PORT={EXPORT_PORT}",
+                        f"KILOCOPY_POWER_PORT={RUN_POWER_PORT}", "HF_TOKEN", "KILOCOPY_API_KEY"],
         "profiles": ["drive"],
         "pid": "service:server",
         "depends_on": {"server": {"condition": "service_healthy"}},

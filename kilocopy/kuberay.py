@@ -22,10 +22,11 @@ DIGEST = "kilocopy/digest"  # annotation: of everything that the RayService says
 NAME_MAX = 47  # KubeRay's, for a RayService: the names of its services grow from it
 UID, GID = 1000, 100  # the Ray images' user `ray`
 METRICS_PORT, DASHBOARD_PORT, AGENT_PORT, GCS_PORT = 8080, 8265, 52365, 6379  # KubeRay's and Ray's own
-JOIN_PORT, EXPORT_PORT = 5557, 9646
+JOIN_PORT, EXPORT_PORT, POWER_PORT = 5557, 9646, 9645
 JOIN_S = 1800  # a node may have to be brought, and the image to be pulled, before a worker starts
 OBJECT_STORE_BYTES = 2 * 10**9  # replicas share no objects worth speaking of; Ray would take a third of the memory
 MOUNTED_SPEC, RUNS = "/etc/kilocopy", "/runs"
+SERVES = {"kilocopy/role": "node"}  # label of the pods that hold replicas; the head has none
 
 
 def instance(spec: Spec) -> str:
@@ -58,7 +59,7 @@ def objects(spec: Spec) -> dict[str, list[dict[str, Any]]]:
     """Everything, by the file that it is written to, in the order in which it is applied. Raises ProblemError."""
     placement.check(spec)
     made = {"network.yaml": _network(spec)}
-    made["serving.yaml"] = [_metrics_service(spec), ray_service(spec)]
+    made["serving.yaml"] = [_metrics_service(spec), _power_service(spec), ray_service(spec)]
     if placement.needed(spec).monitoring is not None:
         made["monitoring.yaml"] = _monitoring(spec)
     made["driver.yaml"] = _driver(spec)
@@ -133,7 +134,8 @@ def _workers(spec: Spec, deploy: Deploy, name: str) -> dict[str, Any]:
         for amounts in resources.values():
             amounts[deploy.gpu_resource] = str(placed.gpus_per_node)
     container = _container(
-        "ray-worker", deploy, {"metrics": METRICS_PORT, "serve": spec.cluster.port}, resources, _ray_environment(spec, deploy),
+        "ray-worker", deploy, {"metrics": METRICS_PORT, "serve": spec.cluster.port, "power": POWER_PORT}, resources, _ray_environment(spec, deploy),
+        lifecycle={"postStart": {"exec": {"command": ["/bin/sh", "-c", power_meter()]}}},
         livenessProbe=_probe("/api/local_raylet_healthz", AGENT_PORT, failures=24),
         # Ready is who can take requests: the second node of a replica has no proxy of its own, and is not.
         readinessProbe=_probe("/-/healthz", spec.cluster.port, failures=1),
@@ -147,8 +149,14 @@ def _workers(spec: Spec, deploy: Deploy, name: str) -> dict[str, Any]:
         "maxReplicas": placed.groups,
         "numOfHosts": placed.hosts_per_replica,
         "rayStartParams": parameters,
-        "template": {"metadata": {"labels": _pod_labels(name, "serving")}, "spec": pod},
+        "template": {"metadata": {"labels": _pod_labels(name, "serving") | SERVES}, "spec": pod},
     }
+
+
+def power_meter() -> str:
+    """What starts the power meter's page beside Ray. It is in Ray's own container, since the driver shows a container the GPUs that it was given: one
+    beside it would see none, or need rights over the whole node. Where it cannot start, Ray does; the report then says that nothing measured."""
+    return f"nohup python -m cluster.power --page --host 0.0.0.0 --port {POWER_PORT} >/tmp/kilocopy-power.log 2>&1 & exit 0"
 
 
 def _ray_environment(spec: Spec, deploy: Deploy) -> list[dict[str, Any]]:
@@ -162,6 +170,14 @@ def _metrics_service(spec: Spec) -> dict[str, Any]:
     ports = [{"name": "metrics", "port": METRICS_PORT, "targetPort": "metrics"}]
     spoken = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": selector(name, "serving"), "ports": ports}
     return _object(spec, "Service", f"{name}-ray", "serving", spec=spoken)
+
+
+def _power_service(spec: Spec) -> dict[str, Any]:
+    """A name behind which the serving nodes' addresses stand, and not the head's: the driver reads their power meters."""
+    name = instance(spec)
+    ports = [{"name": "power", "port": POWER_PORT, "targetPort": "power"}]
+    spoken = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": selector(name, "serving") | SERVES, "ports": ports}
+    return _object(spec, "Service", f"{name}-power", "serving", spec=spoken)
 
 
 # -------------------------------------------------------------------------------------------------------------------- pods
@@ -256,22 +272,27 @@ def _monitoring(spec: Spec) -> list[dict[str, Any]]:
     servers, drivers = provision.server_labels(spec.name, spec.model.id), provision.own_labels(spec.name)
     ray = {"port": "metrics", "path": "/metrics", "interval": f"{provision.SERVERS_INTERVAL_S}s", "scrapeTimeout": f"{provision.SERVERS_INTERVAL_S}s"}
     own = {"port": "metrics", "path": "/metrics", "interval": f"{provision.INTERVAL_S}s", "scrapeTimeout": f"{provision.INTERVAL_S}s"}
+    power = own | {"port": "power"}
     monitors = [
-        _pod_monitor(spec, f"{name}-ray", "serving", ray | {"honorLabels": True, "relabelings": _cased(servers)}),
+        _pod_monitor(
+            spec, f"{name}-ray", "serving",
+            ray | {"honorLabels": True, "relabelings": _cased(servers)},
+            power | {"honorLabels": True, "relabelings": _cased(drivers)},  # kilocopy's own page, whose absence is no server's
+        ),
         _pod_monitor(spec, f"{name}-driver", "driver", own | {"honorLabels": True, "relabelings": _cased(drivers)}),
     ]
     rule = provision.prometheus_rule(deploy.namespace, labels(name, "monitoring") | deploy.monitoring.labels)
     return [*monitors, rule, *provision.config_maps(deploy.namespace, labels(name, "monitoring"))]
 
 
-def _pod_monitor(spec: Spec, name: str, component: str, endpoint: dict[str, Any]) -> dict[str, Any]:
+def _pod_monitor(spec: Spec, name: str, component: str, *endpoints: dict[str, Any]) -> dict[str, Any]:
     deploy = placement.needed(spec)
     monitor = _object(spec, "PodMonitor", name, component, "monitoring.coreos.com/v1")
     monitor["metadata"]["labels"] |= deploy.monitoring.labels if deploy.monitoring else {}
     monitor["spec"] = {
         "selector": {"matchLabels": selector(instance(spec), component)},
         "namespaceSelector": {"matchNames": [deploy.namespace]},
-        "podMetricsEndpoints": [endpoint | {"metricRelabelings": _cased(provision.one_name_for_both())}],
+        "podMetricsEndpoints": [endpoint | {"metricRelabelings": _cased(provision.one_name_for_both())} for endpoint in endpoints],
     }
     return monitor
 
@@ -296,14 +317,14 @@ def _network(spec: Spec) -> list[dict[str, Any]]:
     operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
     to_serving = [
         {"from": [serving]},
-        {"from": [driver], "ports": _tcp(spec.cluster.port, METRICS_PORT)},
+        {"from": [driver], "ports": _tcp(spec.cluster.port, METRICS_PORT, POWER_PORT)},
         {"from": [operator], "ports": _tcp(DASHBOARD_PORT, AGENT_PORT, spec.cluster.port)},
     ]
     to_driver: list[dict[str, Any]] = [{"from": [driver], "ports": _tcp(JOIN_PORT)}]
     if deploy.monitoring is not None:
         seen = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": deploy.monitoring.namespace}},
                 "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}  # fmt: skip
-        to_serving.append({"from": [seen], "ports": _tcp(METRICS_PORT)})
+        to_serving.append({"from": [seen], "ports": _tcp(METRICS_PORT, POWER_PORT)})
         to_driver.append({"from": [seen], "ports": _tcp(EXPORT_PORT)})
     return [_policy(spec, "serving", to_serving), _policy(spec, "driver", to_driver)]
 
@@ -343,16 +364,19 @@ def _claim(spec: Spec, results: ClaimResults, name: str) -> dict[str, Any]:
 
 
 def _leader(spec: Spec, deploy: Deploy, name: str) -> dict[str, Any]:
-    """The leader's Job: it asks DNS for the metrics pages of all Ray pods, then drives with the workers that join it."""
+    """The leader's Job: it asks DNS for the pages of all Ray pods, and of their power meters, then drives with the workers that join it."""
     script = (
         "set -eu\n"
         f"pages=$(getent ahostsv4 {name}-ray | awk '{{print $1}}' | sort -u)\n"
+        f"meters=$(getent ahostsv4 {name}-power | awk '{{print $1}}' | sort -u)\n"
         f"exec python -m kilocopy drive {MOUNTED_SPEC}/spec.yaml --url http://{name}-serve-svc:{spec.cluster.port} --runs {RUNS} \\\n"
         f"  --join {placement.driver_workers(spec)} --bind 0.0.0.0:{JOIN_PORT} --join-s {JOIN_S} \\\n"
-        f'  $(for page in $pages; do echo --metrics "http://$page:{METRICS_PORT}/metrics"; done)\n'
+        f'  $(for page in $pages; do echo --metrics "http://$page:{METRICS_PORT}/metrics"; done) \\\n'
+        f'  $(for page in $meters; do echo --power "http://$page:{POWER_PORT}/metrics"; done)\n'
     )
     ports = {"join": JOIN_PORT, "metrics": EXPORT_PORT}
     container = _driving(deploy, name, "leader", ports, ["bash", "-c", LiteralScalarString(script)])
+    container["env"] += _environment({"KILOCOPY_POWER_PORT": str(EXPORT_PORT)})  # the leader has no other page: joules of its run are on it
     results = deploy.results
     more: dict[str, Any] = {}
     if isinstance(results, ObjectStoreResults):

@@ -94,6 +94,10 @@ USD_PER_KWH = Metric("kilocopy_electricity_usd_per_kwh", "gauge", "Price of elec
 PUE = Metric("kilocopy_pue", "gauge", "Facility energy over IT energy.")
 SLO_QUANTILE = Metric("kilocopy_slo_quantile", "gauge", "Share of the streams that must hold the SLO.")
 ENERGY = Metric("kilocopy_energy_joules", "counter", "Energy by a meter's own counter.", ("run", "device", "boundary", "node", "ip"))
+METERS = Metric(
+    "kilocopy_energy_meters", "gauge", "Power meters that a node has; 0: nothing counts its joules. `machine` is one for two nodes that read the same counters.",
+    ("run", "boundary", "node", "ip", "machine"),
+)  # fmt: skip
 
 DRIVER_METRICS = (
     REQUESTS, SENT, OUTPUT_TOKENS, PROMPT_TOKENS, OUTPUT_WORDS, EVENTS, SLO_JUDGED, SLO_ATTAINED, TTFT, ICL, E2E, SEND_LAG, LOOP_LAG,

@@ -10,7 +10,7 @@ Each formula stands in the docstring of its function. Its letters: window of tau
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,19 +79,25 @@ class Energy:
     sentence: str
 
 
-def metered_j(meters: Meters, window: Window) -> dict[tuple[str, str], float] | str:
-    """Joules of each (boundary, device) in a window, its edges interpolated between readings; a sentence where they are not covered."""
+def metered_j(meters: Meters, window: Window) -> dict[tuple[str, str, str], float] | str:
+    """Joules of each (boundary, node, device) in a window, its edges interpolated between readings; a sentence where they are not covered.
+
+    A node that had died before the window is no part of it.
+    """
     found = {}
-    for boundary, device in sorted(set(zip(meters.boundary, meters.device, strict=True))):
-        mine = (meters.boundary == boundary) & (meters.device == device)
+    gone = {node for node, lost_s in meters.lost_s.items() if lost_s <= window.start_s}
+    for boundary, node, device in sorted(set(zip(meters.boundary, meters.node, meters.device, strict=True))):
+        if node in gone:
+            continue
+        mine = (meters.boundary == boundary) & (meters.node == node) & (meters.device == device)
         order = np.argsort(meters.time_s[mine], kind="stable")
         times_s, counter_j = meters.time_s[mine][order], meters.energy_j[mine][order]
         if times_s[0] > window.start_s or times_s[-1] < window.end_s:
-            return f"the meter of {device} does not cover the whole window"
+            return f"the meter of {device}{f' on {node}' if meters.counted else ''} does not cover the whole window"
         steps = [rise(counter_j[i : i + 2]) for i in range(len(counter_j) - 1)]
         grown_j = np.concatenate([[0.0], np.cumsum(steps)])
         first_j, last_j = np.interp([window.start_s, window.end_s], times_s, grown_j)
-        found[str(boundary), str(device)] = float(last_j - first_j)
+        found[str(boundary), str(node), str(device)] = float(last_j - first_j)
     return found or "no meter was recorded"
 
 
@@ -99,12 +105,14 @@ def energy(spec: Spec, meters: Meters, window: Window) -> Energy:
     """J_facility = (J_gpu + J_host) x PUE: from the meters, else from the stated power, else not at all."""
     pue, power = spec.prices.pue, spec.prices.assumed_power_w
     metered = metered_j(meters, window)
-    why = metered if isinstance(metered, str) else _uncovered(spec, metered)
+    why = metered if isinstance(metered, str) else _uncovered(spec, metered, _there(meters, window))
     if not why and not isinstance(metered, str):
         total_j = sum(metered.values())
-        boundary = "+".join(sorted({boundary for boundary, _ in metered}))
-        sentence = f"Energy of {_counted(len(metered), 'meter')} ({boundary}) in the window times PUE {pue.value:g}"
-        sentence += _caveats(spec, metered, window)
+        boundary = "+".join(sorted({boundary for boundary, *_ in metered}))
+        nodes = len({node for _, node, _ in metered})
+        on = f" on {nodes} nodes" if nodes > 1 else ""
+        sentence = f"Energy of {_counted(len(metered), 'meter')} ({boundary}){on} in the window times PUE {pue.value:g}"
+        sentence += _caveats(spec, metered, _there(meters, window), window)
         return Energy("measured", f"{boundary} × PUE", lambda corner: total_j * at(pue, corner), sentence)
     if power is not None:
         sentence = f"Energy assumed, not measured ({why}): {power.value:g} W for all serving hardware times PUE {pue.value:g}."
@@ -151,22 +159,40 @@ def energy_interval(cost: Cost, stage: Stage, meters: Meters, block_tokens: Floa
     return Estimate(value=cost.wh_per_page.mid, low=low * scale, high=high * scale)
 
 
-def _uncovered(spec: Spec, metered: Mapping[tuple[str, str], float]) -> str | None:
+Metered = Mapping[tuple[str, str, str], float]
+Counted = Mapping[str, tuple[int, int]]
+
+
+def _uncovered(spec: Spec, metered: Metered, counted: Counted) -> str | None:
     """Why the meters' sum is not the serving hardware's energy: a GPU without a meter, or a host without one where CPUs serve."""
-    gpus = sum(boundary == "gpu" for boundary, _ in metered)
+    gpus = sum(boundary == "gpu" for boundary, *_ in metered)
     if isinstance(spec.cluster.hardware, GpuReplica):
         needed = math.ceil(spec.cluster.devices)
-        return f"{gpus} of {needed} GPUs had a meter" if gpus < needed else None
-    return "the host had no meter" if not any(boundary == "host" for boundary, _ in metered) else None
+        bare = _and(node for node, (on_it, _) in counted.items() if not on_it)
+        return f"{gpus} of {needed} GPUs had a meter{f', none on {bare}' if bare else ''}" if gpus < needed else None
+    if bare := _and(node for node, (_, of_host) in counted.items() if not of_host):
+        return f"{bare} had no meter of the host"
+    return "the host had no meter" if not any(boundary == "host" for boundary, *_ in metered) else None
 
 
-def _caveats(spec: Spec, metered: Mapping[tuple[str, str], float], window: Window) -> str:
-    """The end of the sentence about metered energy: what else is in it, and how fine it is."""
-    gpus = sum(boundary == "gpu" for boundary, _ in metered)
+def _there(meters: Meters, window: Window) -> Counted:
+    """How many meters each node has that had not died before the window."""
+    return {node: counted for node, counted in meters.counted.items() if meters.lost_s.get(node, math.inf) > window.start_s}
+
+
+def _and(nodes: Iterable[str]) -> str:
+    return ", ".join(sorted(nodes))
+
+
+def _caveats(spec: Spec, metered: Metered, counted: Counted, window: Window) -> str:
+    """The end of the sentence about metered energy: what else is in it, what is not, and how fine it is."""
+    gpus = sum(boundary == "gpu" for boundary, *_ in metered)
     serving = math.ceil(spec.cluster.devices) if isinstance(spec.cluster.hardware, GpuReplica) else 0
     idle = f"; {gpus - serving} of the metered GPUs did not serve and are in it" if gpus > serving else ""
     coarse = f"; a window under {ENERGY_WINDOW_S_MIN:g} s is coarse for a meter" if window.duration_s < ENERGY_WINDOW_S_MIN else ""
-    return f"{idle}{coarse}."
+    bare = _and(node for node, (_, of_host) in counted.items() if not of_host) if any(boundary == "host" for boundary, *_ in metered) else ""
+    hosts = f"; {bare} had no meter of the host, whose CPUs and memory are not in it" if bare else ""
+    return f"{idle}{hosts}{coarse}."
 
 
 def _counted(count: int, noun: str) -> str:

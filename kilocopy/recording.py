@@ -6,7 +6,7 @@ Records of an older version lack columns; those are 0 throughout. Requests are r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class Meters:
-    """Cumulative joules of the energy meters: one entry per reading."""
+    """Cumulative joules of the energy meters: one entry per reading.
+
+    `counted`: how many (GPUs', hosts') each node has, where several were asked; `lost_s`: when nodes died.
+    """
 
     time_s: Floats
     device: npt.NDArray[np.object_]
     boundary: npt.NDArray[np.object_]
     energy_j: Floats
+    node: npt.NDArray[np.object_]
+    counted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    lost_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def load(run_dir: Path) -> Recording:
         zero_ns=zero_ns,
         health=health,
         server=Samples(**_columns(tables["server"], zero_ns)),
-        energy=Meters(**_columns(tables["energy"], zero_ns)),
+        energy=Meters(**_columns(tables["energy"], zero_ns), counted=_meters_of(timed), lost_s=_lost_s(timed)),
         end_s=max((float(values.max()) for values in ends if len(values)), default=0.0),
         sent=_sent(tables["driver"]),
         clocks=clock.offsets,
@@ -165,10 +171,23 @@ def _table(run_dir: Path, kind: str, clock: Clocks) -> pa.Table:
 
 
 def _column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
-    """A column of a batch; one that records of an older version do not have is 0 throughout."""
+    """A column of a batch; one that records of an older version do not have is 0 throughout, the node of a meter the host that wrote it."""
     if field.name in batch.schema.names:
         return batch.column(field.name)
+    if field.name == "node":
+        return pa.array([(batch.schema.metadata or {}).get(b"host", b"").decode()] * len(batch), pa.string())
     return pa.array(np.zeros(len(batch)), pa.float64()).cast(field.type)
+
+
+def _meters_of(events: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """How many meters of GPUs and of hosts each node was last seen to have."""
+    return {str(event["node"]): (int(event["gpu"]), int(event["host"])) for event in events if event["event"] == "meters"}
+
+
+def _lost_s(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """When each node died that did not come back."""
+    last = {str(event["node"]): event for event in events if event["event"] in {"node_lost", "node_joined"}}
+    return {node: float(event["t_s"]) for node, event in last.items() if event["event"] == "node_lost"}
 
 
 def _zero_ns(events: Sequence[dict[str, Any]], rows: Rows) -> int:

@@ -85,6 +85,7 @@ ENERGY = pa.schema([
     ("device", pa.string()),          # GPU UUID or rapl:<zone>
     ("boundary", pa.string()),        # gpu | host
     ("energy_j", pa.float64()),       # the meter's cumulative counter; only differences mean anything
+    ("node", pa.string()),            # address of the node that it is on: every host has a rapl:intel-rapl:0
 ])  # fmt: skip
 
 TEXTS = pa.schema([
@@ -150,7 +151,8 @@ class Events:
     {stage, level}: the last stream ended; `stage_settled` {stage, level}: idle long enough for the servers' counters to be
     scraped; `run_end` {reason: complete | interrupted} (a worker's with {resent}: requests that met a connection closed while idle). Where workers share the load, the master writes `worker_lost` {worker,
     stage, level}; and a worker whose host had no socket or port left for some requests of a level `sockets_exhausted` {stage, level, requests}. Where they joined from elsewhere, the receiver writes `joined` {role, on, same_clock, hardware, versions}, `clock` {of, on,
-    offset_ns, error_ns, at_ns, same} once a second, and `records_missing` {on, role}. Every line has `event`, `time_ns`, `wall_ns`, `host`, `process`.
+    offset_ns, error_ns, at_ns, same} once a second, and `records_missing` {on, role}. Where meters of several nodes are read, `meters` {node, gpu, host} says how
+    many each has. Every line has `event`, `time_ns`, `wall_ns`, `host`, `process`.
     """
 
     def __init__(self, run_dir: Path, process: str) -> None:

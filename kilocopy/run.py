@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from kilocopy import driving, limits, manifest, receiving, records, serving, stage_marks
 from kilocopy.page import render_html
+from kilocopy.placing import Placer
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.report import print_report
@@ -84,11 +85,12 @@ def drive(
     roofline: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
     lead: Lead | None = None,
+    power: list[str] | None = None,
 ) -> Path:
     """Drive every stage and return the run directory, also when it was interrupted: what was recorded is there.
 
     `roofline`: what this host's driver can read, where it was measured already; `more`: what else the manifest is to say; `lead`:
-    where workers join that are started elsewhere.
+    where workers join that are started elsewhere; `power`: pages of the serving nodes' power meters, where not known from the state.
     """
     check(spec, runs, workers, elsewhere=lead is not None)
     key = os.environ.get("KILOCOPY_API_KEY")
@@ -102,9 +104,11 @@ def drive(
     with contextlib.suppress(OSError):  # a run goes on without being watched
         write_targets(run_dir, targets, spec.name, spec.model.id)
     progress = driving.ProgressPrinter(ERR, spec)
-    meter = power_meter(run_dir) if shares_host else contextlib.nullcontext()  # this host's joules are not a remote server's
+    looking = serving.looking(url)
+    pages = power or (looking() or {}).get("power") or []
+    meter = power_meter(run_dir, pages) if shares_host or pages else contextlib.nullcontext()  # this host's joules are not a remote server's
     marked = stage_marks.annotating(run_dir, spec, lambda said: ERR.print(f"[yellow]drive[/]  {said}"))
-    with _leading(lead, run_dir, workers, spec, url) as receiver, meter, Scraper(run_dir, targets, look=serving.looking(url)) as scraper, progress, marked:
+    with _leading(lead, run_dir, workers, spec, url) as receiver, meter, Scraper(run_dir, targets, look=looking) as scraper, progress, marked:
         code = driving.drive(run_dir, url, spec, api_key=key, web=web, on_progress=progress, workers=workers, receiver=receiver)
     for target, error in scraper.failures.items():
         ERR.print(f"[yellow]drive[/]  {target} did not answer every scrape: {error}")
@@ -122,6 +126,7 @@ class Lead:
     bind: tuple[str, int]
     token: str = field(repr=False)
     join_s: float = 300
+    placer: Placer | None = None  # who starts them, where it is Ray
 
 
 @contextlib.contextmanager
@@ -130,21 +135,31 @@ def _leading(lead: Lead | None, run_dir: Path, workers: int, spec: Spec, url: st
     if lead is None:
         yield None
         return
-    with receiving.Receiver(run_dir, lead.bind, lead.token, workers, spec, url) as receiver:
-        ERR.print(f"[bold]drive[/]  waits for {workers} workers at {receiver.bound}: kilocopy join HOST:{receiver.port} --run DIR")
-        receiver.gather(lambda said: ERR.print(f"[bold]drive[/]  {said}"), lead.join_s)
+
+    def say(said: str) -> None:
+        ERR.print(f"[bold]drive[/]  {said}", soft_wrap=True)
+
+    placer = lead.placer
+    with receiving.Receiver(run_dir, lead.bind, lead.token, workers, spec, placer.reached(url) if placer else url) as receiver:
+        if placer:
+            placer.start(receiver.bound, say)
+            receiver.gather(say, lead.join_s, placer.check)
+        else:
+            say(f"waits for {workers} workers at {receiver.bound}: kilocopy join HOST:{receiver.port} --run DIR")
+            receiver.gather(say, lead.join_s)
         yield receiver
         for said in receiver.finish():
             ERR.print(f"[red]drive[/]  {said}")
 
 
 @contextlib.contextmanager
-def power_meter(run_dir: Path) -> Iterator[None]:
-    """The power meter of this host, which serves too, in a process of its own, for the time of a `with` block."""
+def power_meter(run_dir: Path, pages: Sequence[str] = ()) -> Iterator[None]:
+    """The power meter, in a process of its own, for the time of a `with` block: of the nodes with these pages, else of this host, which serves too."""
     environment = os.environ | {"PYTHONPATH": manifest.search_path()}
+    where = ["--host", os.environ.get("KILOCOPY_EXPORT_HOST", "127.0.0.1"), "--port", os.environ.get("KILOCOPY_POWER_PORT", "0")]
     with (run_dir / "power.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.power", str(run_dir)],
+            [sys.executable, "-m", "cluster.power", str(run_dir), *where, *(["--from", *pages] if pages else [])],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

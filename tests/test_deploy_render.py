@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def test_the_jobs_speak_the_command_line_that_there_is(name: str) -> None:
     assert receiving.parse_address(lead[1]["bind"], "--bind") == ("0.0.0.0", kuberay.JOIN_PORT)
     assert receiving.parse_address(join[1]["address"], "HOST:PORT") == (f"{kuberay.instance(spec(name))}-leader", kuberay.JOIN_PORT)
     assert lead[1]["join_s"] == join[1]["wait_s"] == kuberay.JOIN_S
-    assert len(lead[1]["metrics"]) == 3
+    assert len(lead[1]["metrics"]) == len(lead[1]["power"]) == 3
     mounted = next(mount["mountPath"] for mount in found["workers"]["containers"][0]["volumeMounts"] if mount["name"] == "runs")
     assert Path(join[1]["folder"]).is_relative_to(mounted)
     for role in ("driver", "workers"):
@@ -195,7 +196,25 @@ def test_selectors_find_their_pods() -> None:
             }.get(thing["kind"])
             if selector:
                 matched = [labels for labels in found if selector(thing).items() <= labels.items()]
-                assert len(matched) == (1 if thing["metadata"]["name"].endswith("-leader") else 2), thing["metadata"]["name"]
+                assert len(matched) == (1 if thing["metadata"]["name"].endswith(("-leader", "-power")) else 2), thing["metadata"]["name"]
+                if thing["metadata"]["name"].endswith("-power"):
+                    assert matched == [cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]]  # the head holds no replicas
+
+
+def test_the_power_meter_starts_beside_ray_and_does_not_hold_it_up(tmp_path: Path) -> None:
+    """The pods' own command, by a shell: it returns at once with 0 whatever becomes of the meter, and what it starts is the meter's page."""
+    worker = pods(manifests("cpu"))["worker"]["containers"][0]
+    assert {"name": "power", "containerPort": kuberay.POWER_PORT} in worker["ports"]
+    shell = worker["lifecycle"]["postStart"]["exec"]["command"]
+    started = tmp_path / "started"
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho \"$@\" > {started}.half && mv {started}.half {started}\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    subprocess.run(shell, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True, timeout=20)
+    until_s = time.monotonic() + 20
+    while not started.exists():
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    assert started.read_text().split()[:3] == ["-m", "cluster.power", "--page"]
 
 
 def test_placement() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from kilocopy import joining, receiving, recording, records
+from kilocopy import joining, receiving, recording, records, schedule
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from tests.faults import Server
@@ -54,7 +54,8 @@ class Cast:
         return process
 
     def lead(self, url: str, workers: int, *stages: dict[str, Any], bind: str = "127.0.0.1", more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        path, tree = self.folder / "spec.yaml", spec(*stages).model_dump(mode="json")
+        self.spec = open_spec(*(stage if "arrival" in stage else {"arrival": "closed", **stage} for stage in stages))
+        path, tree = self.folder / "spec.yaml", self.spec.model_dump(mode="json")
         tree["model"]["training"] = None  # the model is nowhere, and so is what its training cost
         with path.open("w", encoding="utf-8") as file:
             YAML().dump(tree, file)
@@ -89,6 +90,12 @@ class Cast:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        for process in self.left():  # a worker beside `join` has a session of its own, and may be stopped
+            os.kill(process, signal.SIGKILL)
+
+    def left(self) -> list[int]:
+        """Locust's workers that keep their records below this folder."""
+        return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and _is_worker_of(path, self.folder)]
 
 
 @pytest.fixture
@@ -108,7 +115,8 @@ def same_bytes(run_dir: Path, folder: Path) -> int:
 
 def test_workers_elsewhere_share_the_load_and_their_records_come_home(cast: Cast) -> None:
     with Server("ok", tokens=10, ttft_s=0.03, itl_s=0.01) as server:
-        leader = cast.lead(server.url, 2, {"copies": 5, "duration_s": 3})
+        open_loop = {"arrival": "poisson", "rate_per_s": 40, "duration_s": 3, "max_in_flight": 100}
+        leader = cast.lead(server.url, 2, {"copies": 5, "duration_s": 3}, open_loop)
         workers = [cast.join("one"), cast.join("two")]
         said = leader.communicate(timeout=60)[0]
         assert leader.returncode == 0, said
@@ -119,8 +127,16 @@ def test_workers_elsewhere_share_the_load_and_their_records_come_home(cast: Cast
     assert summary.status == "complete"
     assert [one.worker for one in summary.stages[0].driver.workers] == [0, 1]
     rows = records.read(cast.run_dir, "requests").to_pylist()
-    assert {row["copy"]: row["worker"] for row in rows} == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
-    assert len({(row["copy"], row["sequence"]) for row in rows}) == len(rows) == len(server.requests) - 3  # and everyone's probe
+    assert {row["copy"]: row["worker"] for row in rows if row["stage"] == 0} == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
+    assert len({(row["stage"], row["copy"], row["sequence"]) for row in rows}) == len(rows) == len(server.requests) - 3  # and everyone's probe
+    # Arrivals are those that one process alone would have sent: each once, when it is due, half of them by each worker.
+    planned = {arrival.index: arrival.at_s for arrival in schedule.plan(cast.spec, 1).arrivals}
+    arrived = [row for row in rows if row["stage"] == 1]
+    begun_ns = {event["process"]: event["time_ns"] for event in cast.events("stage_start") if event["stage"] == 1}
+    assert sorted(row["copy"] for row in arrived) == sorted(planned)
+    assert {row["worker"] for row in arrived} == {0, 1}
+    for row in arrived:
+        assert row["scheduled_ns"] == pytest.approx(begun_ns[f"worker{row['worker']}"] + planned[row["copy"]] * 1e9, abs=5e6)
     clocks = recording.load(cast.run_dir).clocks
     assert [(clock.process, clock.same) for clock in clocks] == [("worker0", True), ("worker1", True)]
     for clock in clocks:  # both read one clock, so the true offset is 0: the bound that was stated must hold
@@ -180,7 +196,7 @@ def number(folder: Path) -> int:
 
 def _is_worker_of(process: Path, folder: Path) -> bool:
     try:
-        return f"KILOCOPY_RECORDS_DIR={folder}" in (process / "environ").read_text(errors="replace") and "--worker" in (process / "cmdline").read_text()
+        return f"KILOCOPY_RECORDS_DIR={folder.resolve()}" in (process / "environ").read_text(errors="replace") and "--worker" in (process / "cmdline").read_text()
     except OSError:
         return False
 

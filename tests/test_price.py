@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,21 @@ def ends(band: Band | None) -> tuple[float | None, float, float | None]:
     return band.low, band.mid, band.high
 
 
-def meters(*readings: tuple[float, str, str, float]) -> Meters:
+def meters(*readings: tuple[float, str, str, float], node: str = "n") -> Meters:
     times_s, devices, boundaries, joules = zip(*readings, strict=True) if readings else ((), (), (), ())
     return Meters(
         np.array(times_s, dtype=np.float64),
         np.array(devices, dtype=object),
         np.array(boundaries, dtype=object),
         np.array(joules, dtype=np.float64),
+        np.array([node] * len(readings), dtype=object),
     )
+
+
+def both(one: Meters, other: Meters, **counted: tuple[int, int]) -> Meters:
+    """The meters of two nodes, and how many were found on each that was asked."""
+    columns = ("time_s", "device", "boundary", "energy_j", "node")
+    return Meters(*(np.concatenate([getattr(one, name), getattr(other, name)]) for name in columns), counted)
 
 
 # ----------------------------------------------------------------------------------------------------------------- energy
@@ -112,12 +120,49 @@ def test_measured_energy_by_hand(tmp_path: Path) -> None:
 def test_the_counter_is_interpolated_at_the_edges() -> None:
     """Readings at 9, 11, 19, 21 s of 0, 20, 100, 140 J: 10 J at 10 s and 120 J at 20 s."""
     found = price.metered_j(meters((9, "a", "gpu", 0), (11, "a", "gpu", 20), (19, "a", "gpu", 100), (21, "a", "gpu", 140)), WINDOW)
-    assert found == {("gpu", "a"): pytest.approx(110)}
+    assert found == {("gpu", "n", "a"): pytest.approx(110)}
+
+
+HOST_A, HOST_B = (9, "rapl:intel-rapl:0", "host", 0.0), (21, "rapl:intel-rapl:0", "host", 1200.0)
+
+
+def test_packages_of_one_name_on_two_hosts_are_two_meters() -> None:
+    """100 W on each for 10 s; counters that stand elsewhere do not mix."""
+    other = meters((9, "rapl:intel-rapl:0", "host", 7e6), (21, "rapl:intel-rapl:0", "host", 7e6 + 1200), node="b")
+    spec = Spec.model_validate(synthetic.spec(cluster={"replicas": 2, "hardware": {"kind": "cpu"}}))
+    found = price.energy(spec, both(meters(HOST_A, HOST_B, node="a"), other, a=(0, 1), b=(0, 1)), WINDOW)
+    assert found.facility_j is not None
+    assert found.facility_j("mid") == pytest.approx(2 * 1000 * 1.25)
+    assert found.sentence.startswith("Energy of 2 meters (host) on 2 nodes in the window")
+
+
+def test_a_node_without_a_meter_is_named_and_nothing_is_measured() -> None:
+    cpu = Spec.model_validate(synthetic.spec(cluster={"replicas": 2, "hardware": {"kind": "cpu"}}))
+    one = both(meters(HOST_A, HOST_B, node="a"), meters(), a=(0, 1), b=(0, 0))
+    assert price.energy(cpu, one, WINDOW).sentence == "Energy not measured: b had no meter of the host."
+    gpus = both(meters((9, "x", "gpu", 0), (21, "x", "gpu", 9), node="a"), meters(), a=(1, 0), b=(0, 0))
+    assert "1 of 2 GPUs had a meter, none on b" in price.energy(Spec.model_validate(synthetic.spec()), gpus, WINDOW).sentence
+
+
+def test_a_host_without_a_meter_beside_metered_gpus_is_said_to_be_left_out() -> None:
+    readings = [(t, name, "gpu", t * 10.0) for name in "xy" for t in (9, 21)]
+    found = price.energy(Spec.model_validate(synthetic.spec()), both(meters(*readings, HOST_A, HOST_B, node="a"), meters(), a=(2, 1), b=(0, 0)), WINDOW)
+    assert found.source == "measured"
+    assert "; b had no meter of the host, whose CPUs and memory are not in it" in found.sentence
+
+
+def test_a_node_that_died_in_the_window_is_named() -> None:
+    gone = meters(HOST_A, (15, "rapl:intel-rapl:0", "host", 600), node="b")
+    cpu = Spec.model_validate(synthetic.spec(cluster={"replicas": 2, "hardware": {"kind": "cpu"}}))
+    found = price.energy(cpu, both(meters(HOST_A, HOST_B, node="a"), gone, a=(0, 1), b=(0, 1)), WINDOW)
+    assert found.sentence == "Energy not measured: the meter of rapl:intel-rapl:0 on b does not cover the whole window."
+    before = replace(both(meters(HOST_A, HOST_B, node="a"), gone, a=(0, 1), b=(0, 1)), lost_s={"b": 9.5})  # died before the window: no part of it
+    assert price.energy(cpu, before, WINDOW).sentence.startswith("Energy of 1 meter (host) in the window")
 
 
 def test_a_meter_that_began_again_at_zero() -> None:
     found = price.metered_j(meters((10, "a", "gpu", 500), (15, "a", "gpu", 600), (20, "a", "gpu", 50)), WINDOW)
-    assert found == {("gpu", "a"): pytest.approx(150)}
+    assert found == {("gpu", "n", "a"): pytest.approx(150)}
 
 
 @pytest.mark.parametrize("readings", [[(11, "a", "gpu", 0), (21, "a", "gpu", 9)], [(9, "a", "gpu", 0), (19, "a", "gpu", 9)]])

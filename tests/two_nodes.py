@@ -5,6 +5,7 @@ It needs root (to make the namespace) and `ip`; `possible` says whether they are
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -44,13 +45,13 @@ def possible() -> bool:
 class TwoNodes:
     """`addresses`: of the head, which shares this host's network, and of the other node."""
 
-    def __init__(self, folder: Path, variables: Mapping[str, str], slots: tuple[int, int]) -> None:
-        """Start both. `variables`: the environment of their Ray; `slots`: CPU slots of the head and of the other node."""
+    def __init__(self, folder: Path, variables: Mapping[str, str], slots: tuple[int, int], own: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})) -> None:
+        """Start both. `variables`: the environment of their Ray, `own`: what only one of them has; `slots`: CPU slots of the head and of the other node."""
         number = os.getpid() % 50_000
         net = f"10.213.{number // 250}.{{}}"
         self.folder, self.space, self.addresses = folder, f"kc{number}", (net.format(1), net.format(2))
         self.marks = (uuid.uuid4().hex, uuid.uuid4().hex)
-        self._variables, self.port = dict(variables), free_port()
+        self._variables, self._own, self.port = dict(variables), own, free_port()
         token = uuid.uuid4().hex * 2
         clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         self.environment = clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"} | self._variables
@@ -82,7 +83,7 @@ class TwoNodes:
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
 
     def _start(self, node: int, options: list[str], slots: int) -> None:
-        own = {MARK: self.marks[node]}
+        own = {MARK: self.marks[node], **self._own[node]}
         # The head shares this host's ports, with whatever else serves on it.
         own |= {f"RAY_SERVE_{name}": str(free_port()) for name in ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT")}
         own |= {"KILOCOPY_HAPROXY": str(get_haproxy_binary()), "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "cluster" / "haproxy_loopback.sh")}
@@ -99,26 +100,28 @@ class TwoNodes:
             time.sleep(0.2)
 
     def of(self, node: int) -> list[psutil.Process]:
-        """Every process of a node."""
-        found = []
+        """Every process of a node: those that carry its mark and what they started, since Ray's agents write their title over their environment."""
+        found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.marks[node]:
-                    found.append(process)
+                    found |= {one.pid: one for one in (process, *process.children(recursive=True))}
             except (psutil.Error, OSError):
                 continue
-        return found
+        return list(found.values())
 
     def kill(self, node: int) -> None:
         """All of it at once, as when its power goes."""
         for process in self.of(node):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def stop(self) -> None:
         """Both, and the network."""
-        left = [*self.of(1), *self.of(0)]
+        left = {process.pid: process for process in (*self.of(1), *self.of(0))}.values()
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(left, timeout=15)
         subprocess.run(["ip", "netns", "del", self.space], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", f"{self.space}a"], capture_output=True, check=False)
