@@ -195,9 +195,9 @@ async def connections(url: str) -> Found:
                 _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 5)
                 idle.append(writer)
             reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 5)
-            idle.append(writer)
-            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            await asyncio.wait_for(reader.readline(), 5)
+            with contextlib.closing(writer):
+                writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                await asyncio.wait_for(reader.readline(), 5)
     except (OSError, TimeoutError) as error:
         return {"idle": len(idle), "then": f"a request on one more was not answered within 5 s ({type(error).__name__})"}
     finally:

@@ -33,6 +33,7 @@ from kilocopy.spec import CpuReplica, GpuReplica, Spec
 
 STOP = threading.Event()
 CONTROL_SILENT_S = 120.0
+WARM_UP_AT_ONCE = 256
 
 
 class StartError(Exception):
@@ -341,9 +342,10 @@ def warm_up(spec: Spec) -> None:
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             answer.read()
 
-    with ThreadPoolExecutor(8) as pool:
+    requests = 2 * spec.cluster.replicas
+    with ThreadPoolExecutor(min(requests, WARM_UP_AT_ONCE)) as pool:
         try:
-            list(pool.map(ask, range(2 * spec.cluster.replicas)))
+            list(pool.map(ask, range(requests)))
         except OSError as error:
             raise StartError(f"the replicas run but the endpoint {url} does not answer: {error}") from None
 

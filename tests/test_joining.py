@@ -54,7 +54,7 @@ class Cast:
         return process
 
     def lead(self, url: str, workers: int, *stages: dict[str, Any], bind: str = "127.0.0.1", more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        self.spec = open_spec(*(stage if "arrival" in stage else {"arrival": "closed", **stage} for stage in stages))
+        self.spec = open_spec(*({"arrival": "closed", "warmup_s": 0, "ramp_s": 0.2, **stage} if "arrival" not in stage else stage for stage in stages))
         path, tree = self.folder / "spec.yaml", self.spec.model_dump(mode="json")
         tree["model"]["training"] = None  # the model is nowhere, and so is what its training cost
         with path.open("w", encoding="utf-8") as file:
