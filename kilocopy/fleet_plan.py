@@ -31,7 +31,8 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
     finished = planning.together([read(run) for run in runs])
     found, spec = planning.levels(finished), planning.known_spec(finished)
     replica = planning.fit(found)
-    checked = planning.deviations(replica, spec, planning.together([read(run) for run in against])) if against else []
+    fleet = planning.together([read(run) for run in against]) if against else None
+    checked = planning.deviations(replica, spec, fleet) if fleet else []
     if against and not checked:
         raise ProblemError(f"--against {' '.join(map(str, against))}: no stage of it is valid with its latency and of a load that can be replayed")
     tried = planning.smallest(replica, spec, asked, most)
@@ -39,7 +40,7 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
     after = planning.play(replica, spec, asked, best.replicas, min(node, best.replicas - 1))[1] if best.replicas > 1 and node else None
     own = planning.deviations(replica, spec, finished)
     cost = planning.bill(spec, finished, best)
-    stood_in = [one.summary.simulated for one in (finished, *([read(against)] if against else [])) if one.summary.simulated]
+    stood_in = [one.summary.simulated for one in (finished, fleet) if one is not None and one.summary.simulated]
     page = sheet(spec, asked, tried, after, cost, found, own, checked)
     page = replace(page, headline=" ".join([*dict.fromkeys(stood_in), page.headline]))
     write_sheet(page, html)
