@@ -282,8 +282,7 @@ def test_the_power_meters_of_both_nodes_come_home_up_to_the_death_of_one(driven:
     assert dict(meters.counted) == {head: (0, 1), other: (0, 1)}
     assert set(meters.lost_s) == {other}
     times_s = [meters.time_s[meters.node == node] for node in (head, other)]
-    assert times_s[1].max() > meters.lost_s[other] - 15  # Serve notices a death seconds late
-    assert times_s[0].max() > recorded.events[-1]["t_s"] - 5
+    assert times_s[1].max() < min(meters.lost_s[other], times_s[0].max())  # Serve notices a death late; the head's goes on
     both = Window(start_s=times_s[1].min() + 1, end_s=times_s[1].max(), duration_s=1, rule="while both lived")
     took_s = both.end_s - both.start_s
     watts = {node: joules / took_s for (_, node, _), joules in price.metered_j(meters, both).items()}  # type: ignore[union-attr]  # both are covered
