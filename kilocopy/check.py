@@ -103,9 +103,9 @@ def _lost(run: Side, baseline: Side) -> list[Verdict]:
     for place, before in baseline.loads().items():
         was = all(any(stage.verdict.level != "void" for stage in stages) for stages in before)
         now = place in mine and all(any(stage.verdict.level != "void" for stage in stages) for stages in mine[place])
-        if was and place in mine and not now:
-            codes = sorted({reason.code for stages in mine[place] for stage in stages for reason in stage.verdict.reasons})
-            said = f"valid in the baseline, void now ({', '.join(codes) or 'not played'})"
+        if was and not now:
+            codes = sorted({reason.code for stages in mine.get(place, []) for stage in stages for reason in stage.verdict.reasons})
+            said = f"valid in the baseline, {'void' if place in mine else 'gone'} now ({', '.join(codes) or 'not played'})"
             found.append(Verdict(at=place[1], metric="verdict", outcome="worse", clear=True, sentence=said))
     held = [all(one.summary.headline.n_slo is not None for one in side.runs) for side in (baseline, run)]
     if held == [True, False]:

@@ -165,6 +165,10 @@ def _refuse(base: Side, side: Side) -> None:
     for key in ("workload", "page", "slo"):
         if apart := _differing(_asked(base.first, key), _asked(side.first, key), key):
             raise ProblemError(f"{base.name} and {side.name} do not compare, they were not asked for the same: {'; '.join(apart)}")
+    if apart := _differing(base.first.mixed or {}, side.first.mixed or {}, "experiment"):
+        raise ProblemError(
+            f"{base.name} and {side.name} do not compare: the levels of such an experiment differ in more than their copies, and they are not the same one: {'; '.join(apart)}"
+        )
 
 
 def _asked(run: Finished, key: str) -> Any:

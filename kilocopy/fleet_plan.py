@@ -32,16 +32,18 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
     found, spec = planning.levels(finished), planning.known_spec(finished)
     replica = planning.fit(found)
     fleet = planning.together([read(run) for run in against]) if against else None
+    if fleet is not None:
+        planning.same_replica(finished, fleet)
     checked = planning.deviations(replica, spec, fleet) if fleet else []
     if against and not checked:
         raise ProblemError(f"--against {' '.join(map(str, against))}: no stage of it is valid with its latency and of a load that can be replayed")
     tried = planning.smallest(replica, spec, asked, most)
     best = tried[-1]
-    after = planning.play(replica, spec, asked, best.replicas, min(node, best.replicas - 1))[1] if best.replicas > 1 and node else None
+    after = planning.play(replica, spec, asked, best.replicas, node)[1] if 0 < node < best.replicas else None
     own = planning.deviations(replica, spec, finished)
     cost = planning.bill(spec, finished, best)
     stood_in = [one.summary.simulated for one in (finished, fleet) if one is not None and one.summary.simulated]
-    page = sheet(spec, asked, tried, after, cost, found, own, checked)
+    page = sheet(spec, asked, tried, after, cost, found, own, checked, node)
     page = replace(page, headline=" ".join([*dict.fromkeys(stood_in), page.headline]))
     write_sheet(page, html)
     if as_json:
@@ -54,7 +56,7 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
 
 
 def sheet(
-    spec: Spec, asked: Asked, tried: list[Outcome], after: Outcome | None, cost: Bill, found: list[Level], own: list[Deviation], checked: list[Deviation]
+    spec: Spec, asked: Asked, tried: list[Outcome], after: Outcome | None, cost: Bill, found: list[Level], own: list[Deviation], checked: list[Deviation], node: int
 ) -> Sheet:
     """The whole plan."""
     best = tried[-1]
@@ -68,7 +70,7 @@ def sheet(
     return Sheet(
         title="plan",
         headline=answer,
-        notes=[_slo(spec), *_failure(best, after), *([] if checked else _validation())],
+        notes=[_slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
@@ -83,9 +85,10 @@ def _slo(spec: Spec) -> str:
     return f"SLO: {slo.tokens_per_s_per_copy:g} tokens/s each and TTFT <= {slo.ttft_s:g} s for {100 * slo.quantile:g} % of the streams; output lengths as the run's spec draws them."
 
 
-def _failure(best: Outcome, after: Outcome | None) -> list[str]:
+def _failure(best: Outcome, after: Outcome | None, node: int) -> list[str]:
     if after is None:
-        return ["One replica: when its node dies, everything stops."]
+        whole = "One replica" if best.replicas == 1 else f"All {best.replicas} replicas on one node (--node {node})"
+        return [f"{whole}: when {'its node' if best.replicas == 1 else 'it'} dies, everything stops."] if node else []
     gone = best.replicas - after.replicas
     left = "the rest still hold the SLO" if after.held else "the rest miss the SLO until it is back"
     share = percent(after.attainment)
@@ -151,6 +154,7 @@ def _assumptions(found: list[Level], asked: Asked) -> list[str]:
         f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
         "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",
         "One seed was played, and whether a fleet holds the SLO is told without an interval; above 100 replicas their number is found to 1 %.",
+        "Lengths are drawn as the spec asks; where answers may end earlier (`ignore_eos: false`), the fleet is told too large.",
         "Prompts are as long as the measured run's; a fleet asked for other prompts needs a run with them.",
     ]
 

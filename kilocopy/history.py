@@ -212,6 +212,8 @@ def trend(figure: str, points: list[Point]) -> Trend:
     sources = {point.energy_source for point, _ in known}
     if figure == "wh_per_page" and len(sources) > 1:
         return _no_trend(figure, known, f"the energy is {' in some runs and '.join(sorted(str(s) for s in sources))} in others")
+    if figure == "wh_per_page" and len({_pue(point) for point, _ in known}) > 1:
+        return _no_trend(figure, known, "PUE is another in some of the runs")
     days, logs = np.array([point.started_at.timestamp() / 86400 for point, _ in known]), np.log([value for _, value in known])
     dates = np.floor(days)
     each = np.unique(dates)
@@ -228,6 +230,12 @@ def trend(figure: str, points: list[Point]) -> Trend:
         return _no_trend(figure, known, f"{np.ptp(days):.0f} days are too few for a rate a year: its interval spans a factor of over 100")
     ends = [math.exp(value) - 1 for value in (slope, low, high)]
     return Trend(figure=figure, per_year=ends[0], low=ends[1], high=ends[2], runs=len(known), days=float(np.ptp(days)))
+
+
+def _pue(point: Point) -> Any:
+    """The PUE that the point's facility energy was worked out with, as its spec had it."""
+    prices = json.loads(point.prices) or {}
+    return json.dumps(prices.get("pue"), sort_keys=True) if isinstance(prices, dict) else None
 
 
 def _too_few(runs: int, days: int) -> str | None:

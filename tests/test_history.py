@@ -76,6 +76,12 @@ def test_joules_of_two_sources_are_no_line() -> None:
     assert found.missing == "the energy is assumed in some runs and measured in others"
 
 
+def test_facility_energy_of_another_pue_is_no_line() -> None:
+    points = [point(100.0 * n, 1.0 + n / 10, prices=f'{{"pue": {{"value": {1.5 - n / 10}}}}}') for n in range(4)]
+    assert history.trend("wh_per_page", points).missing == "PUE is another in some of the runs"
+    assert history.trend("tokens_per_s", points).per_year is not None
+
+
 def test_a_folder_becomes_series(tmp_path: Path) -> None:
     """Three months of one suite over two versions; a run of another page length is a series of its own; another schema is passed over."""
     runs = [(f"2026-0{n}-01T00:00:00+00:00", 0.01 * 0.9**n, {"versions": {"vllm": f"0.2{n}.0"}}) for n in (3, 1, 2, 4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kilocopy import planning
 from kilocopy.fleet import Failure, Fleet, Load, Played, Replica
 from kilocopy.planning import Asked
 from kilocopy.problem import ProblemError
+from kilocopy.spec import LognormalLength, load
 from kilocopy.summaries import Finished
 from kilocopy.summary import Summary
 from tests import summaries, synthetic
@@ -198,6 +200,32 @@ def test_a_frontier_that_falls_is_not_fitted() -> None:
 def test_several_replicas_are_not_one() -> None:
     with pytest.raises(ProblemError, match="2 replicas were measured"):
         planning.levels(measured(made(), (2, 8, 16), replicas=2))
+
+
+def test_levels_of_an_experiment_on_many_replicas_are_not_one() -> None:
+    """Its spec says one replica, for the experiment says how many."""
+    run = measured(made(), (1, 4, 16, 48))
+    scaling = load(Path(__file__).parent.parent / "loadtests" / "specs" / "scaling.yaml").model_dump(mode="json")
+    other = replace(run, summary=run.summary.model_copy(update={"run": run.summary.run | {"spec": scaling}}))
+    with pytest.raises(ProblemError, match="levels of a scaling experiment differ in more than their copies"):
+        planning.levels(other)
+
+
+def test_a_fit_is_held_against_its_own_kind_only() -> None:
+    one, two = measured(made(), (1, 4, 16, 48)), measured(made(), (2, 8, 32), replicas=2)
+    planning.same_replica(one, two)
+    spec = two.spec | {"model": two.spec["model"] | {"id": "another"}}
+    with pytest.raises(ProblemError, match=r"differs from made/summary.json in model.id: what it measured"):
+        planning.same_replica(one, replace(two, summary=two.summary.model_copy(update={"run": two.summary.run | {"spec": spec}})))
+
+
+def test_long_answers_are_played_to_their_end() -> None:
+    """Lognormal lengths of sigma 1 on replicas with room to spare: none misses the SLO because the play was over before it."""
+    run = measured(made(), (1, 4, 16, 48))
+    spec = planning.known_spec(run)
+    lengths = {"output_tokens": LognormalLength(kind="lognormal", median=55, sigma=1, min=1, max=4000)}
+    outcome = planning.play(planning.fit(planning.levels(run)), spec.model_copy(update={"workload": spec.workload.model_copy(update=lengths)}), Asked(rate_per_s=4), 4)[0]
+    assert outcome.attainment > 0.995
 
 
 def test_the_command_line(tmp_path: Path) -> None:
