@@ -22,6 +22,7 @@ demo: setup ## train the demo model (once), serve 2 replicas, drive 1..64 copies
 	@$(BIN)/kilocopy run $(SPEC)
 
 test: setup ## lint, types and all tests, with the real Ray, vLLM and Locust
+	@bash requirements/test_tools.sh
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/python -m pytest
 

@@ -43,7 +43,7 @@ def files(spec: Spec) -> dict[str, str]:
         dcgm = {"targets": [f"127.0.0.1:{DCGM}"], "labels": {"cluster": spec.name}}
         config["scrape_configs"].append({"job_name": "dcgm", "scrape_interval": "5s", "static_configs": [dcgm]})
         made["watch/prometheus/prometheus.yml"] = provision.yaml_text(config)
-    return {"compose.yaml": provision.yaml_text(_compose(spec, deploy, placed)), **made}
+    return {"compose.yaml": provision.yaml_text(provision.for_compose(_compose(spec, deploy, placed))), **made}
 
 
 def _compose(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _dcgm() -> dict[str, Any]:
         "image": DCGM_IMAGE,
         "network_mode": "host",
         "cap_add": ["SYS_ADMIN"],  # for the profiling counters
-        "environment": [f"DCGM_EXPORTER_LISTEN=127.0.0.1:{DCGM}"],
+        "environment": [f"DCGM_EXPORTER_LISTEN=127.0.0.1:{DCGM}", "DCGM_EXPORTER_INTERVAL=1000"],
         "deploy": {"resources": {"reservations": {"devices": [device]}}},
     }
 

@@ -180,8 +180,10 @@ REPLICAS = Dashboard(
     each=("replica", tuple(replace(panel, width=WIDTH // 2) for panel in LATENCIES)),
 )  # fmt: skip
 
-METERS = 'run=~"$run",ip=~"$node"'
-METER = f"rate({m.ENERGY.sample}{{{METERS}}}[1m])"
+METERS = 'run=~"$run|",cluster=~"$cluster|",ip=~"$node"'  # a meter knows its run, or its cluster
+GPUS = 'cluster=~"$cluster"'
+JOULES = f'increase({m.ENERGY.sample}{{run=~"$run",ip=~"$node",boundary=~"gpu|host"}}[$__range])'
+DCGM_JOULES = rules.named(f"increase({rules.DCGM_J}{{{GPUS}}}[$__range])", device="UUID", node="Hostname")
 HARDWARE = Dashboard(
     "kilocopy-hardware",
     "Hardware and energy",
@@ -191,18 +193,19 @@ HARDWARE = Dashboard(
         stat("J per output token", f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "joule", "Facility energy, prefill too.", width=6, decimals=2),
         stat("Pages per kWh", f"kilocopy:pages_per_kwh:rate1m{{{RUN}}}", "locale", "Pages that a kWh of the facility makes. GPT-3's of 2020: 250.", width=6, decimals=0),
         stat("Tokens/s per GPU", f"kilocopy:tokens_per_second_per_device:rate1m{{{RUN}}}", "locale", "Of the host, where there is no GPU.", width=6, decimals=1),
-        Panel("Power", "By each meter's own counter: GPUs (NVML), CPU packages (RAPL).", (
-            (f"sum by (node, device, boundary) ({METER})", "{{node}} {{boundary}} {{device}}"),), "watt"),
+        Panel("Power", "By each meter's own counter: GPUs (NVML; DCGM where kilocopy has no meter), CPU packages (RAPL).", (
+            (f"sum by (node, device, boundary) (kilocopy:meter_watts:rate1m{{{METERS}}})", "{{node}} {{boundary}} {{device}}"),), "watt"),
         Panel("Energy in the time shown", "By each meter's own counter, without PUE.", (
-            (f"sum by (node, boundary) (increase({m.ENERGY.sample}{{{METERS}}}[$__range]))", "{{node}} {{boundary}}"),
+            (f"sum by (node, boundary) ({JOULES})", "{{node}} {{boundary}}"),
+            (f"sum by (node) (max by (node, device) ({DCGM_JOULES}) unless on (device) {JOULES}) / 1000", "{{node}} gpu, by DCGM"),
         ), "joule", "bargauge", instant=True),
         Panel("Joules per token and page", "Facility energy.", (
             (f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "per output token"),
             (f"kilocopy:joules_per_page:rate1m{{{RUN}}}", "per page"),
         ), "joule", right=("per page", "joule")),
-        Panel("GPU utilisation", "As NVML says: a kernel ran; it may have been a small one.", (
-            (f"{reported('ray_node_gpus_utilization', NODE)}", "{{ip}} GPU {{GpuIndex}}"),), "percent", width=6, high=100),
-        Panel("GPU memory", "In use.", ((f"1048576 * {reported('ray_node_gram_used', NODE)}", "{{ip}} GPU {{GpuIndex}}"),), "bytes", width=6),
+        Panel("GPU utilisation", "A kernel ran; it may have been a small one. By DCGM, or by Ray's agent where it does not know the cluster.", (
+            (f"kilocopy:gpu_busy_fraction{{{GPUS}}}", "{{node}} GPU {{device}}"),), "percentunit", width=6, high=1),
+        Panel("GPU memory", "In use. By DCGM, or by Ray's agent.", ((f"kilocopy:gpu_memory_bytes{{{GPUS}}}", "{{node}} GPU {{device}}"),), "bytes", width=6),
         Panel("Host CPU", "All cores together.", ((f"{reported('ray_node_cpu_utilization', NODE)}", "{{ip}}"),), "percent", width=6, high=100),
         Panel("Host memory", "In use, and there.", (
             (f"{reported('ray_node_mem_used', NODE)}", "{{ip}} used"), (f"{reported('ray_node_mem_total', NODE)}", "{{ip}} there")), "bytes", width=6),
@@ -244,7 +247,7 @@ def panel(uid: str, title: str) -> Panel:
 
 def filled(expr: str, values: Mapping[str, str]) -> str:
     """A query with its variables filled in, as Grafana does: `values` are regular expressions by the variables' names."""
-    return re.sub(r"\$(\w+)", lambda found: values[found[1]].replace("\\", "\\\\").replace('"', '\\"'), expr)
+    return re.sub(r"\$([a-z_]\w*)", lambda found: values[found[1]].replace("\\", "\\\\").replace('"', '\\"'), expr)
 
 
 def variables(dashboard: Dashboard = REPLICAS) -> list[dict[str, Any]]:

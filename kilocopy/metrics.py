@@ -28,7 +28,7 @@ HEALTHY = "ray_serve_deployment_replica_healthy"  # by replica: 1, or 0; from Se
 _LINE = re.compile(rb"^(?:ray_vllm_|vllm:)(" + "|".join(COUNTERS + GAUGES).encode() + rb")\{", re.MULTILINE)
 
 
-_SEEN = re.compile(_LINE.pattern + rb"|^" + HEALTHY.encode() + rb"\{", re.MULTILINE)
+_SEEN = re.compile(_LINE.pattern + rb"|^(?:" + HEALTHY.encode() + rb"|ray_node_gpus_utilization|ray_node_gram_used)\{", re.MULTILINE)
 
 
 def wanted(page: bytes, *, live: bool = False) -> bytes:
@@ -103,6 +103,13 @@ DRIVER_METRICS = (
     REQUESTS, SENT, OUTPUT_TOKENS, PROMPT_TOKENS, OUTPUT_WORDS, EVENTS, SLO_JUDGED, SLO_ATTAINED, TTFT, ICL, E2E, SEND_LAG, LOOP_LAG,
     IN_FLIGHT, COPIES_ASKED, STAGE, CPU, RSS, PAGE_WORDS, DEVICES, USD_PER_DEVICE_HOUR, USD_PER_KWH, PUE, SLO_QUANTILE,
 )  # fmt: skip
+
+# What rules ask of DCGM's exporter (its default counters, as of the 4.8.3 that kilocopy/compose.py names; 4.9 renames them): energy in mJ,
+# power in W, utilisation in %, memory in MiB.
+_DCGM_LABELS = ("gpu", "UUID", "device", "modelName", "Hostname")
+DCGM = dict.fromkeys(
+    ("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"), _DCGM_LABELS
+)
 
 # The servers' metrics that dashboards show and a run on CPUs does not have: what is on a GPU's node, and what comes with the first hit.
 SERVERS_ON_DEMAND = {

@@ -76,6 +76,8 @@ def render(folder: Path, watched: Watched, *, prometheus_url: str = "http://127.
     """
     made = files(watched, prometheus_url, seen_at or str(folder.resolve()))
     write(folder, made | {"compose.env": compose_env(folder, watched, prometheus_url)})
+    for name in ("prometheus", "grafana"):  # by us and not by the engine, whose they would be
+        (folder / "data" / name).mkdir(parents=True, exist_ok=True)
     return {"prometheus": folder / "prometheus" / "prometheus.yml", "grafana": folder / "grafana" / "provisioning"}
 
 
@@ -98,8 +100,18 @@ def compose_env(folder: Path, watched: Watched, prometheus_url: str) -> str:
     """What deploy/compose.yaml asks for: both containers see folders of this host under the names that they have here."""
     runs = [str(Path(pattern).parent.parent.parent) for pattern in watched.targets] or [str(folder.resolve())]
     settings = {"KILOCOPY_WATCHED": str(folder.resolve()), "KILOCOPY_RUNS": os.path.commonpath(runs)}
+    settings |= {"KILOCOPY_USER": f"{os.getuid()}:{os.getgid()}"}  # who may read a run, and owns what the two store
     settings |= {"COMPOSE_PROJECT_NAME": "kilocopy-watch", "PROMETHEUS_PORT": str(urlsplit(prometheus_url).port or 9090)}
     return "".join(f"{name}='{value}'\n" for name, value in settings.items())  # quoted, so that a $ stays one
+
+
+def for_compose(said: Any) -> Any:
+    """A text, or all texts of a document, as a compose file has to have them: a `$` would begin a variable."""
+    if isinstance(said, dict):
+        return {key: for_compose(value) for key, value in said.items()}
+    if isinstance(said, list):
+        return [for_compose(each) for each in said]
+    return said.replace("$", "$$") if isinstance(said, str) else said
 
 
 def write(folder: Path, made: dict[str, str]) -> None:

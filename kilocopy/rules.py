@@ -87,13 +87,50 @@ def quantile(q: float, histogram: m.Metric, by: str = RUN) -> str:
 TOKENS = "ray_vllm_generation_tokens_total"
 RUNNING, WAITING, KV = "ray_vllm_num_requests_running", "ray_vllm_num_requests_waiting", "ray_vllm_kv_cache_usage_perc"
 PAGES = "kilocopy:pages_per_second:rate1m"
-ENERGY = m.ENERGY.sample
-METERED = f"sum by (run) {rate(m.ENERGY)}"
-# As the report: GPUs that serve need a meter each; a host that serves itself needs its own.
-COVERED_GPUS = (
-    f'(count by (run) ({ENERGY}{{boundary="gpu"}}) >= on (run) ceil(max by (run) ({m.DEVICES.sample}{{kind="gpu"}})))'
+# Energy. A run's own meters come first, then those of the serving nodes' own pages (which know no run), then DCGM's: a GPU is counted once, by its UUID.
+OF_RUN, OF_NODE = (m.ENERGY.sample + which for which in ('{run!="",boundary=~"gpu|host"}', '{run="",cluster!="",boundary="gpu"}'))
+OWN_OF_RUN = f"max by (run, node, ip, device, boundary) {rate(OF_RUN)}"
+OWN_OF_NODE = f"max by (cluster, node, ip, device, boundary) {rate(OF_NODE)}"
+OURS = '{cluster!=""}'  # a cluster's DCGM knows every GPU; those of this deployment have its label
+
+
+def named(expr: str, **labels: str) -> str:
+    """A series under our label names: each label from another one."""
+    for label, source in labels.items():
+        expr = f'label_replace({expr}, "{label}", "$1", "{source}", "(.+)")'
+    return expr
+
+
+def by_gpu(dcgm: str) -> str:
+    """One value a GPU of DCGM's: parts of a GPU (MIG) repeat what is the whole one's."""
+    return f"max by (cluster, node, device) ({named(dcgm, device='UUID', node='Hostname')})"
+
+
+def of_ray(gauge: str) -> str:
+    """The same of the gauge that Ray's agent has for each GPU of its node, which knows it by its number; where DCGM knows the cluster, it speaks."""
+    seen = f"last_over_time({gauge}{OURS}[{REPORTED}])"
+    return f"max by (cluster, node, device) ({named(seen, device='GpuIndex', node='ip')}) unless on (cluster) {DCGM_BUSY}{OURS}"
+
+
+DCGM_J, DCGM_W, DCGM_BUSY, DCGM_MEMORY = m.DCGM
+DCGM_WATTS = (
+    f"({by_gpu(rate(DCGM_J + OURS, '2m'))} / 1000 or {by_gpu(f'(avg_over_time({DCGM_W}{OURS}[{WINDOW}]) and {DCGM_W}{OURS})')})"
 )
-COVERED_HOST = f'(count by (run) ({ENERGY}{{boundary="host"}}) and on (run) max by (run) ({m.DEVICES.sample}{{kind="cpu"}}))'
+RUNS = f"0 * {by_run(m.DEVICES.sample, 'max')}"
+
+
+def metered(how: str, boundary: str = "gpu|host") -> str:
+    """`how` many or how much of a run's meters: its own, and those that only know its cluster."""
+    watts = f'kilocopy:meter_watts:rate1m{{boundary=~"{boundary}",run'
+    own = f'{RUNS} + on (run) group_left () {how} by (run) ({watts}!=""}})'
+    more = f'{RUNS} + on (cluster) group_left () {how} by (cluster) ({watts}=""}})'
+    return f"(({own}) + ({more}) or ({own}) or ({more}))"
+
+
+# As the report: GPUs that serve need a meter each; a host that serves itself needs its own.
+GPUS, HOSTS = (m.DEVICES.sample + f'{{kind="{kind}"}}' for kind in ("gpu", "cpu"))
+COVERED_GPUS = f"{metered('count', 'gpu')} >= ceil({by_run(GPUS, 'max')})"
+COVERED_HOST = f"{metered('count', 'host')} and {by_run(HOSTS, 'max')}"
 ALL_BUT_CANCELLED = f'{m.REQUESTS.sample}{{outcome!="cancelled"}}'
 OK = f'{m.REQUESTS.sample}{{outcome="ok"}}'
 FAILED = f'{m.REQUESTS.sample}{{outcome!~"ok|cancelled"}}'
@@ -163,8 +200,15 @@ RULES = (
          "Output tokens of one GPU (of the host, where there is none)."),
     Rule(PAGES, f"{by_run(rate(m.OUTPUT_WORDS))} / {by_run(m.PAGE_WORDS.sample, 'max')}", "pages/s", "Pages of decoded text."),
     # Energy and money
+    Rule("kilocopy:own_watts:rate1m", f"{OWN_OF_RUN} or ({OWN_OF_NODE} unless on (device) {OWN_OF_RUN})", "W",
+         "Power of each of kilocopy's own meters: by the run, or by the cluster where no run reads it.",
+         ("cluster", "run", "node", "ip", "device", "boundary")),
+    Rule("kilocopy:meter_watts:rate1m",
+         f'kilocopy:own_watts:rate1m or (label_replace({DCGM_WATTS}, "boundary", "gpu", "", "") unless on (device) kilocopy:own_watts:rate1m)', "W",
+         "Power of each meter; GPUs that kilocopy does not meter by DCGM's counter, over two minutes since it looks each 30 s, or by its gauge.",
+         ("cluster", "run", "node", "ip", "device", "boundary")),
     Rule("kilocopy:facility_watts:rate1m",
-         f"{by_run(m.PUE.sample, 'max')} * on (run) group_left () ({METERED} and on (run) ({COVERED_GPUS} or {COVERED_HOST}))", "W",
+         f"{by_run(m.PUE.sample, 'max')} * ({metered('sum')} and ({COVERED_GPUS} or {COVERED_HOST}))", "W",
          "Metered power times PUE; absent where a serving device has no meter."),
     Rule("kilocopy:joules_per_page:rate1m", f"kilocopy:facility_watts:rate1m / ({PAGES} > 0)", "J", "Facility energy of a page."),
     Rule("kilocopy:joules_per_output_token:rate1m",
@@ -183,6 +227,11 @@ RULES = (
          "All of a page: the rent, or capital, opex and electricity; absent where electricity is owed and not measured."),
     Rule("kilocopy:pages_per_usd:rate1m", "1 / (kilocopy:usd_per_page:rate1m > 0)", "pages/$", "Pages that a dollar pays."),
     Rule("kilocopy:pages_per_kwh:rate1m", "1000 / (kilocopy:wh_per_page:rate1m > 0)", "pages/kWh", "Pages that a kWh makes."),
+    # GPUs
+    Rule("kilocopy:gpu_busy_fraction", f"({by_gpu(DCGM_BUSY + OURS)} or {of_ray('ray_node_gpus_utilization')}) / 100", "0-1",
+         "Share of the time in which a kernel ran on the GPU; it may have been a small one.", ("cluster", "node", "device")),
+    Rule("kilocopy:gpu_memory_bytes", f"({by_gpu(DCGM_MEMORY + OURS)} or {of_ray('ray_node_gram_used')}) * 1048576", "bytes",
+         "GPU memory in use.", ("cluster", "node", "device")),
     # Quality
     Rule("kilocopy:slo_attained_fraction:rate1m", f"{by_run(rate(m.SLO_ATTAINED))} / ({by_run(rate(m.SLO_JUDGED))} > 0)", "0-1",
          "Share of the requests that held the SLO."),
@@ -255,6 +304,10 @@ ALERTS = (
           f" unless on ({MODEL}) (kilocopy:server_tokens_per_second:rate1m > 0)", "1m", "info",
           "The replicas of {{ $labels.model }} have run nothing for 2 minutes, and are paid for.",
           "No token for a minute, and that for a minute: 2 min. Pauses between stages are seconds, and no stage is awaited longer."),
+    Alert("KilocopyGpuIdlePaidFor", "max_over_time(kilocopy:gpu_busy_fraction[1m]) < 0.01", "1m", "info",
+          "GPU {{ $labels.device }} of {{ $labels.node }} has run nothing for 2 minutes, and is paid for.",
+          "Each GPU for itself: one that no replica was placed on is idle while the others work. Under 1 % for a minute, and that for a minute;"
+          " DCGM looks each 30 s by default, so two of its looks are in a minute."),
 )  # fmt: skip
 
 

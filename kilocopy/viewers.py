@@ -157,12 +157,12 @@ def composed(docker: str, place: Place) -> Program:
 
 def compose_document(place: Place, settings: Mapping[str, str]) -> dict[str, Any]:
     """compose.yaml; Grafana's password comes from the environment, not from the file."""
-    user, run_dir = f"{os.getuid()}:{os.getgid()}", place.run.run_dir.resolve()
-    common = {"network_mode": "host", "user": user, "volumes": [f"{run_dir}:{run_dir}"]}
-    shown = {name: value for name, value in settings.items() if name != SECRET}
+    user, run_dir = f"{os.getuid()}:{os.getgid()}", provision.for_compose(str(place.run.run_dir.resolve()))
+    common = {"network_mode": "host", "user": user, "volumes": [{"type": "bind", "source": run_dir, "target": run_dir}]}  # a path may have a `:`
+    shown = {name: provision.for_compose(value) for name, value in settings.items() if name != SECRET}
     return {
         "services": {
-            "prometheus": {"image": provision.IMAGES["prometheus"], "command": prometheus_options(place), **common},
+            "prometheus": {"image": provision.IMAGES["prometheus"], "command": [provision.for_compose(option) for option in prometheus_options(place)], **common},
             "grafana": {"image": provision.IMAGES["grafana"], "environment": {**shown, SECRET: None}, **common},
         }
     }

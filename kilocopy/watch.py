@@ -53,6 +53,8 @@ def watch(
     with contextlib.suppress(KeyboardInterrupt):  # the way to end this
         waiting = f"no run is going on in {runs}; waiting for one (Ctrl-C ends)"
         run = Ongoing(run_dir) if run_dir else ongoing.wait(runs, lambda: None if quiet else console.print(waiting))
+        while quiet and run_dir is None:
+            run = _show_until_the_next(run, runs, console, prometheus_port, grafana_port)
         ended = run.ended()
         if ended and (terminal or not viewers.recorded(run)):
             raise ProblemError(
@@ -61,8 +63,6 @@ def watch(
         with contextlib.nullcontext(()) if terminal else viewers.start(run, prometheus_port, grafana_port) as addresses:
             for address in addresses:
                 console.print(address, soft_wrap=True)
-            if quiet and not addresses:
-                console.print("watch  no Prometheus and no docker here: `kilocopy watch` in another terminal shows the run", soft_wrap=True)
             if not ended and not quiet:
                 _follow(run, console, addresses)
             if addresses and not quiet:
@@ -70,6 +70,16 @@ def watch(
                 console.print(f"What was recorded can be looked at until Ctrl-C; {again}.", soft_wrap=True)
             while addresses:
                 time.sleep(1)
+
+
+def _show_until_the_next(run: Ongoing, runs: Path, console: Console, prometheus_port: int | None, grafana_port: int | None) -> Ongoing:
+    """Prometheus and Grafana for a run until another begins, as an experiment's parts do one after the other; returns that one. Raises ProblemError."""
+    with viewers.start(run, prometheus_port, grafana_port) as addresses:
+        for address in addresses or ["watch  no Prometheus and no docker here: `kilocopy watch` in another terminal shows the run"]:
+            console.print(address, soft_wrap=True)
+        while (found := ongoing.newest(runs)) is None or found.run_dir == run.run_dir:
+            time.sleep(1)
+    return found
 
 
 def _follow(run: Ongoing, console: Console, addresses: tuple[str, ...]) -> None:

@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.parent
 # What a run of a rented host without GPUs cannot show, each with its reason; everything else has to have data.
 WITHOUT_DATA = {
     ("kilocopy-copies", "Price of a page", "electricity"): "rented hardware: its electricity is in the rent",
-    ("kilocopy-hardware", "GPU utilisation", "{{ip}} GPU {{GpuIndex}}"): "no GPU",
-    ("kilocopy-hardware", "GPU memory", "{{ip}} GPU {{GpuIndex}}"): "no GPU",
+    ("kilocopy-hardware", "Energy in the time shown", "{{node}} gpu, by DCGM"): "no GPU",
+    ("kilocopy-hardware", "GPU utilisation", "{{node}} GPU {{device}}"): "no GPU",
+    ("kilocopy-hardware", "GPU memory", "{{node}} GPU {{device}}"): "no GPU",
 }
 
 

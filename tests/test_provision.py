@@ -126,6 +126,11 @@ def test_the_command_renders_a_run(tmp_path: Path) -> None:
     assert "nothing to watch" in refused(kilocopy("dashboards", "render", "none", cwd=tmp_path))
 
 
+def bound(path: Path) -> dict[str, Any]:
+    """A folder that a container sees under its own name, and only reads; in the long form, since a path may have a `:`."""
+    return {"type": "bind", "source": str(path), "target": str(path), "read_only": True}
+
+
 def composed(tmp_path: Path) -> dict[str, Any]:
     """deploy/compose.yaml with its variables filled in as compose does, from the environment file that was rendered."""
     provision.render(tmp_path / "watched", Watched(targets=[f"{tmp_path}/runs/r1/targets/*.json"]), prometheus_url="http://127.0.0.1:9191")
@@ -145,7 +150,7 @@ def test_compose_sees_what_was_rendered_and_nobody_else_sees_it(tmp_path: Path) 
     options = dict(option.removeprefix("--").split("=", 1) for option in services["prometheus"]["command"])
     settings = services["grafana"]["environment"]
     assert load(Path(options["config.file"]))["scrape_configs"][0]["file_sd_configs"][0]["files"] == [f"{tmp_path}/runs/r1/targets/*.json"]
-    assert f"{tmp_path}/runs:{tmp_path}/runs:ro" in services["prometheus"]["volumes"]
+    assert bound(tmp_path / "runs") in services["prometheus"]["volumes"]
     [source] = load(Path(settings["GF_PATHS_PROVISIONING"]) / "datasources/kilocopy.yaml")["datasources"]
     assert source["url"] == f"http://{options['web.listen-address']}" == "http://127.0.0.1:9191"
     [provider] = load(Path(settings["GF_PATHS_PROVISIONING"]) / "dashboards/kilocopy.yaml")["providers"]
@@ -155,7 +160,10 @@ def test_compose_sees_what_was_rendered_and_nobody_else_sees_it(tmp_path: Path) 
         assert re.fullmatch(r"[\w/.-]+:v?\d+\.\d+\.\d+", service["image"])
         assert "ports" not in service
         assert service["network_mode"] == "host"
-        assert f"{tmp_path}/watched:{tmp_path}/watched:ro" in service["volumes"]
+        assert bound(tmp_path / "watched") in service["volumes"]
+        assert service["user"] == f"{os.getuid()}:{os.getgid()}"
+        [data] = [volume["source"] for volume in service["volumes"] if not volume.get("read_only")]
+        assert os.access(data, os.W_OK)
 
 
 def test_every_container_of_prometheus_and_grafana_is_of_one_version() -> None:

@@ -154,6 +154,67 @@ def test_joules_and_dollars_of_owned_hardware(tmp_path: Path) -> None:
     promtool(tmp_path, driver() | meters(), wanted)
 
 
+def dcgm(metric: str, device: str, values: str, cluster: str = 'cluster="c",') -> Series:
+    return {f'DCGM_FI_DEV_{metric}{{{cluster}Hostname="n",UUID="{device}",gpu="0",device="nvidia0"}}': values}
+
+
+def test_dcgm_meters_gpus_that_kilocopy_does_not(tmp_path: Path) -> None:
+    """300 W and 200 W by DCGM's counters of millijoules, or by its gauges of watts: the price of an owned page is whole."""
+    joules = dcgm("TOTAL_ENERGY_CONSUMPTION", "a", "7+1500000x60") | dcgm("TOTAL_ENERGY_CONSUMPTION", "b", "9+1000000x60")
+    watts = dcgm("POWER_USAGE", "a", "300x60") | dcgm("POWER_USAGE", "b", "200x60")
+    wanted: Wanted = {
+        "kilocopy:facility_watts:rate1m": [(KEY, (300 + 200) * 1.2)],
+        "kilocopy:wh_per_page:rate1m": [(KEY, 1 / 12)],
+        "kilocopy:usd_per_page:rate1m": [(KEY, 0.000508333)],
+    }
+    for series in (joules, watts, joules | dict.fromkeys(watts, "999x60")):  # the counter stands before the gauge
+        promtool(tmp_path, driver() | series, wanted)
+    parts = {name.replace("gpu=", f'GPU_I_ID="{part}",gpu='): values for name, values in joules.items() for part in "12"}
+    promtool(tmp_path, driver() | parts, wanted)  # MIG repeats the whole GPU's for each part
+    nothing: Wanted = {name: [] for name in wanted}
+    one = {name: values for name, values in joules.items() if '"b"' not in name}
+    promtool(tmp_path, driver() | one, nothing)
+    promtool(tmp_path, driver() | {name.replace('cluster="c",', ""): values for name, values in joules.items()}, nothing)  # whose are they?
+    promtool(tmp_path, driver() | {name.replace('"c"', '"d"'): values for name, values in joules.items()}, nothing)
+
+
+def test_a_gpu_with_two_meters_is_counted_once_and_kilocopys_comes_first(tmp_path: Path) -> None:
+    other = dcgm("TOTAL_ENERGY_CONSUMPTION", "a", "0+4500000x60") | dcgm("TOTAL_ENERGY_CONSUMPTION", "b", "0+1000000x60")
+    wanted: Wanted = {"kilocopy:facility_watts:rate1m": [(KEY, 600)]}
+    promtool(tmp_path, driver() | meters() | other, wanted)
+    first = {name: values for name, values in meters().items() if '"a"' in name}
+    both = [({"run": "r", "node": "n", "device": "a", "boundary": "gpu"}, 300.0), ({"cluster": "c", "node": "n", "device": "b", "boundary": "gpu"}, 200.0)]
+    promtool(tmp_path, driver() | first | other, wanted | {"kilocopy:meter_watts:rate1m": both, "kilocopy:own_watts:rate1m": both[:1]})
+
+
+def test_nodes_own_pages_count_where_no_run_reads_them(tmp_path: Path) -> None:
+    """A node's page knows its cluster and no run; CPU packages on it may be a part of the hosts, and a part of a sum is none."""
+    node = {name.replace('run="r"', 'cluster="c"'): values for name, values in meters().items()}
+    node |= {'kilocopy_energy_joules_total{cluster="c",node="n",boundary="host",device="rapl:0"}': "0+500x60"}
+    wanted: Wanted = {"kilocopy:facility_watts:rate1m": [(KEY, 600)]}
+    promtool(tmp_path, driver() | node, wanted)
+    promtool(tmp_path, driver() | node | meters(), wanted)
+    part = {'kilocopy_energy_joules_total{run="r",node="n",boundary="some hosts",device="rapl:0"}': "0+500x60"}
+    promtool(tmp_path, driver() | meters() | part, wanted)
+    whole = {name.replace("some hosts", "host"): values for name, values in part.items()}
+    promtool(tmp_path, driver() | meters() | whole, {"kilocopy:facility_watts:rate1m": [(KEY, (500 + 100) * 1.2)]})
+
+
+def test_each_gpu_that_idles_is_told(tmp_path: Path) -> None:
+    """By DCGM; by Ray's agent where DCGM does not know the cluster."""
+    name = "KilocopyGpuIdlePaidFor"
+    a, b = ({"cluster": "c", "node": "n", "device": device} for device in "ab")
+    busy = dcgm("GPU_UTIL", "a", "90x60") | dcgm("GPU_UTIL", "b", "0x60") | dcgm("FB_USED", "a", "1024x60")
+    of_ray = 'ray_node_gpus_utilization{cluster="c",ip="10.0.0.1",GpuIndex="0"}'
+    wanted: Wanted = {"kilocopy:gpu_busy_fraction": [(a, 0.9), (b, 0)], "kilocopy:gpu_memory_bytes": [(a, 2.0**30)]}
+    said = fires("info", b, "GPU b of n has run nothing for 2 minutes, and is paid for.")
+    promtool(tmp_path, busy | {of_ray: "0x60"}, wanted, alerts=[alert(name, "2m", [said]), alert(name, "45s", [])])
+    ray = {"cluster": "c", "node": "10.0.0.1", "device": "0"}
+    said = fires("info", ray, "GPU 0 of 10.0.0.1 has run nothing for 2 minutes, and is paid for.")
+    promtool(tmp_path, {of_ray: "0x60"}, {"kilocopy:gpu_busy_fraction": [(ray, 0)]}, alerts=[alert(name, "2m", [said])])
+    promtool(tmp_path, {of_ray: "0x12 5 0x60"}, {}, alerts=[alert(name, "2m", [])])
+
+
 COST = ("kilocopy:usd_per_page:rate1m", "kilocopy:wh_per_page:rate1m", "kilocopy:electricity_usd_per_page:rate1m", "kilocopy:pages_per_usd:rate1m")
 
 

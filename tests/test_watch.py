@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -312,8 +312,21 @@ def test_containers_get_the_same_configuration_on_loopback_and_no_file_has_the_p
     assert all(re.search(r":v?\d+\.\d+\.\d+$", service["image"]) for service in services.values())
     assert program.environment[viewers.SECRET] not in text
     assert not any(program.environment[viewers.SECRET] in part for part in program.command)
-    mounted = services["grafana"]["volumes"][0].split(":")[0]
+    mounted = services["grafana"]["volumes"][0]["source"]
     assert services["grafana"]["environment"]["GF_PATHS_PROVISIONING"].startswith(mounted)
+
+
+def test_a_path_with_signs_that_mean_something_to_compose_stays_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "a $HOME:b"
+    folder.mkdir()
+    here = place(folder)
+    viewers.composed("/usr/bin/docker", here)
+    text = (here.folder / "compose.yaml").read_text()
+    assert "$" not in text.replace("$$", "")
+    services = YAML(typ="safe").load(text.replace("$$", "$"))["services"]  # as compose reads it
+    run_dir = str(here.run.run_dir.resolve())
+    assert services["prometheus"]["volumes"] == [{"type": "bind", "source": run_dir, "target": run_dir}]
+    assert services["prometheus"]["command"] == viewers.prometheus_options(here)
 
 
 @pytest.mark.parametrize("body", ["exit 1", '[ "$1" = compose ] || exit 1'], ids=["no compose", "no engine"])
@@ -372,10 +385,19 @@ def test_a_run_that_wants_to_be_watched_has_its_prometheus_for_as_long_as_it_las
     def started() -> list[psutil.Process]:
         return [child for child in psutil.Process().children(recursive=True) if child.name() == "prometheus"]
 
-    with beside(tmp_path / "runs"):
-        begun(tmp_path)
+    def until(done: Callable[[], bool]) -> list[psutil.Process]:
         deadline_s = time.monotonic() + 90
-        while not (found := started()):
+        while not (started() and done()):
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
+        return started()
+
+    with beside(tmp_path / "runs"):
+        first = begun(tmp_path)
+        found = until(lambda: True)
+        # As an experiment does: a part ends, and the next one has its own.
+        records.Events(first, "worker0").write("run_end", reason="complete")
+        second = begun(tmp_path)
+        found += until((second / "watch" / "data" / "prometheus" / "wal").exists)
+    assert len({process.pid for process in found}) == 2
     assert not any(process.is_running() for process in found)
