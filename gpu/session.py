@@ -96,7 +96,9 @@ class Session:
 
     def _fail(self, unit: Unit, why: str) -> None:
         self.failed.append(unit.name)
-        self._results.write(unit.name, "failed", unit.key, why=why)
+        kept = self._results.read(unit.name)
+        if not kept or kept["status"] != "done":  # what was measured before is not lost to a try that failed
+            self._results.write(unit.name, "failed", unit.key, why=why)
         ERR.print(f"[red]gpu[/]  {unit.name}: {why}", markup=True)
 
     def _measure(self, unit: Unit, engine: engines.Served | engines.Bare) -> None:

@@ -139,7 +139,7 @@ def _uuids(row: dict[str, Any]) -> list[str]:
 
 
 def _unfinished(results: Results, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Run directories that no unit's result names: units that were cut off, measured anew since. Their records are kept."""
+    """Run directories that no unit's result names: units that were cut off, or measured anew since (`--again`, other versions). Their records are kept."""
     named = {row["run_dir"] for row in rows}
     return sorted(name for path in results.runs.iterdir() if path.is_dir() and (name := f"runs/{path.name}") not in named)
 
@@ -227,6 +227,8 @@ def _legend(rows: Sequence[dict[str, Any]]) -> list[str]:
     for boundary in sorted({row["energy_boundary"] for row in rows if row["copies"] and row["energy_boundary"]}):
         pues = sorted({f"{price['value']:g}" for row in rows if row["copies"] for price in row["prices"] if price["name"] == "pue"})
         told.append(f"Joules enclose {boundary}, with PUE {' or '.join(pues)}.")
+    if several := sorted({len(row["machine"]["gpus"]) for row in rows if len(row["machine"]["gpus"]) > 1}):
+        told.append(f"**This host has {' or '.join(map(str, several))} GPUs and the meters read all of them: the joules are also those of the ones that did not serve.**")
     if words:
         told.append(f"A page is {' or '.join(map(str, words))} words; pages are marked where its words per token are assumed.")
     if stated:
@@ -274,5 +276,5 @@ def _meter(found: dict[str, Any] | None) -> list[str]:
 
 def _missing(said: dict[str, Any]) -> list[str]:
     told = [f"- {each['part']}: {each['status']}, {each['why']}" for each in said["missing"]]
-    told += [f"- {name}: cut off; its records are kept, no figure above is from it" for name in said["unfinished_runs"]]
+    told += [f"- {name}: cut off, or measured anew since; its records are kept, no figure above is from it" for name in said["unfinished_runs"]]
     return ["", "## Not in the table", "", *told] if told else []

@@ -158,6 +158,11 @@ def test_a_unit_that_fails_is_kept_as_failed_and_tried_again(engine: Engine) -> 
     assert engine.played[-2:] == ["gpu-bare-16", "gpu-demo2-8"]  # the others went on
     assert work(engine).failed == []
     assert engine.played[-1] == "gpu-bare-1"
+    engine.fails["gpu-bare-1"] = ProblemError("the engine said no")
+    assert work(engine, again=True).failed == ["bare-1"]
+    kept = Results(engine.runs.parent).read("bare-1")
+    assert kept is not None
+    assert kept["status"] == "done"  # a try that failed does not take what was measured before
 
 
 def test_a_driver_that_died_is_no_result(engine: Engine) -> None:
@@ -309,6 +314,14 @@ def test_the_tax_is_between_the_same_copies_on_the_same_kind_of_gpu(tmp_path: Pa
     assert all(row["serving_tax"] is None for row in collected(results)[0]["rows"])  # other versions are no pair
 
 
+def test_more_than_one_gpu_is_said_beside_the_joules(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    two = gpu_machine("GPU-1")
+    two["gpus"] = [*two["gpus"], gpu_machine("GPU-2")["gpus"][0]]
+    measured(results, "8b-4", "served", "8b", machine=two)
+    assert "This host has 2 GPUs and the meters read all of them" in collected(results)[1]
+
+
 def test_the_table_marks_what_is_assumed_missing_or_not_measured(tmp_path: Path) -> None:
     results = Results(tmp_path)
     measured(results, "8b-4", "served", "8b")
@@ -325,7 +338,7 @@ def test_the_table_marks_what_is_assumed_missing_or_not_measured(tmp_path: Path)
     assert "Joules enclose gpu × PUE, with PUE 1.25" in text
     assert "20.0 (short)" in line
     assert "bare-4: failed, out of memory" in text
-    assert "runs/cut: cut off" in text
+    assert "runs/cut: cut off, or measured anew since" in text
     assert "0.455 J/token at batch 8" in text
     assert "0.4 kWh for 100 pages" in text
     assert "| InferenceX, per GPU | about 10,000 tokens/s a GPU at 50 tokens/s a user" in text

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cluster.power import GpuMeter
@@ -85,6 +86,23 @@ def test_both_ways_to_the_joules_are_compared(tmp_path: Path, smi_watts: float, 
         assert way["joules"] == pytest.approx(smi_watts * said["seconds"], rel=0.01)
     assert said["counter"]["interval_p50_s"] == pytest.approx(STEP_S, rel=0.2)
     assert len((tmp_path / "smi.csv").read_text().splitlines()) > 20  # what it said is kept
+
+
+def profiled(folder: Path, shift_s: float) -> meter.Smi:
+    """What nvidia-smi says of a GPU that idles at 100 W, draws 400 W from 10 to 50 s, and idles again; `power.draw` is the mean of the second before."""
+    times_s = np.arange(0, 60.01, 0.1)
+    watts = np.where((times_s >= 10) & (times_s < 50), 400.0, 100.0)
+    seen = meter.Smi("GPU-0", folder / "smi.csv", smi(folder))
+    seen.times_s = (times_s + shift_s).tolist()
+    seen.watts = {"power.draw": [float(watts[max(0, at - 9) : at + 1].mean()) for at in range(len(watts))], "power.draw.instant": watts.tolist()}
+    return seen
+
+
+@pytest.mark.parametrize(("shift_s", "agrees"), [(0.0, True), (5.0, False)])
+def test_a_load_that_comes_and_goes_is_integrated_where_it_was(tmp_path: Path, shift_s: float, agrees: bool) -> None:
+    """From 5 to 30 s the counter gained 5 s of 100 W and 20 s of 400 W; samples that lie 5 s off miss a quarter of the load."""
+    said = meter.compare(5 * 100 + 20 * 400, profiled(tmp_path, shift_s), 5, 30)
+    assert {field: way["agrees"] for field, way in said["nvidia_smi"].items()} == {"power.draw": agrees, "power.draw.instant": agrees}
 
 
 def test_an_old_nvidia_smi_is_asked_for_what_it_has(tmp_path: Path) -> None:
