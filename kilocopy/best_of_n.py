@@ -23,6 +23,7 @@ from kilocopy.repeats import Spread
 from kilocopy.spec import BestOfNExperiment, Spec
 from kilocopy.summary import Arm, Band, BestOfNFinding, Estimate, PassAt, Saving, Verified
 
+RESAMPLINGS = 2000
 How = Literal["one_request", "same_prompt", "own_prompts"]
 BESIDE: dict[str, str] = {"own_prompts": "requests with prompts of their own", "same_prompt": "requests of the same prompt"}
 
@@ -39,7 +40,7 @@ def find(spec: Spec, played: Sequence[Played], beside: Beside) -> BestOfNFinding
     spread = repeats.pooled([[one.seconds(1) for one in group] for group in groups.values()])
     arms = [_arm(n, how, group, spread) for (n, how), group in groups.items()]
     savings = _savings(groups, spread)
-    verified = _verified(asked, beside.verdicts, arms) if asked.verifier is not None else None
+    verified = _verified(asked, beside.verdicts, arms, spread) if asked.verifier is not None else None
     expected = asked.repeats * (len(asked.levels) + (len(asked.levels) - 1 if asked.same_prompt_apart else 0))
     notes = notes_of(played, expected)
     if spread.basis == "within_run":
@@ -159,7 +160,7 @@ def mean_share(values: Sequence[float]) -> Estimate:
     return Estimate(value=p, low=low, high=high)
 
 
-def _verified(asked: BestOfNExperiment, verdicts: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> Verified | None:
+def _verified(asked: BestOfNExperiment, verdicts: Sequence[Mapping[str, Any]], arms: Sequence[Arm], spread: Spread) -> Verified | None:
     """Prompts that were asked several times (a data set that begins again) have all their samples together."""
     if not verdicts:
         return None
@@ -182,7 +183,29 @@ def _verified(asked: BestOfNExperiment, verdicts: Sequence[Mapping[str, Any]], a
         failures=said["verifier_failed"],
         failure=failures.most_common(1)[0][0] if failures else None,
         pass_at=[_pass_at(k, counts, prices.get(k)) for k in range(1, most + 1)] if counts else [],
+        cheapest=_cheapest([arm for arm in arms if arm.how != "same_prompt" and arm.samples <= most], counts, spread),
     )
+
+
+def _cheapest(arms: Sequence[Arm], counts: Sequence[tuple[int, int]], spread: Spread) -> list[int]:
+    """Every n at which a solved prompt may be cheapest, the likeliest first: those that are in 2.5 % of resamplings or more.
+
+    A resampling draws prompts with replacement, so pass@n moves at all n together, and each level's cost by its own error. The price is the
+    same at every n and drops out.
+    """
+    known = [arm for arm in arms if arm.usd_per_sample is not None]
+    if len(known) < 2 or not any(passed for _, passed in counts):
+        return []
+    draw = np.random.default_rng(0)
+    passes = np.array([[pass_at(arm.samples, samples, passed) for arm in known] for samples, passed in counts])
+    solved = np.array([passes[draw.integers(0, len(passes), len(passes))].mean(axis=0) for _ in range(RESAMPLINGS)])
+    errors = [math.log(rate.high / rate.low) / 2 / spread.t if rate.low and rate.high else 0.0 for rate in (arm.samples_per_s for arm in known)]
+    strays = draw.standard_t(max(spread.freedom, 1), (RESAMPLINGS, len(known))) * np.array(errors)
+    costs = np.array([arm.samples * arm.usd_per_sample.mid for arm in known if arm.usd_per_sample]) * np.exp(strays)
+    some = solved.max(axis=1) > 0
+    with np.errstate(divide="ignore"):
+        best = Counter(np.argmin(costs[some] / solved[some], axis=1).tolist())
+    return [known[i].samples for i, times in best.most_common() if times >= 0.025 * RESAMPLINGS]
 
 
 def _pass_at(k: int, counts: Sequence[tuple[int, int]], usd: Band | None) -> PassAt:
@@ -235,7 +258,8 @@ def _sentence(arms: Sequence[Arm], savings: Sequence[Saving], verified: Verified
     if verified is not None and verified.pass_at:
         first, last = verified.pass_at[0], verified.pass_at[-1]
         said.append(f"pass@{last.k} is {told(last.value)} where pass@1 is {told(first.value)} ({verified.prompts:,} prompts)")
-        solved = [(one.usd_per_solved.mid, one.k) for one in verified.pass_at if one.usd_per_solved]
-        if len(solved) > 1:
-            said.append(f"a solved prompt is cheapest with {min(solved)[1]} sample{'' if min(solved)[1] == 1 else 's'}")
+    if verified is not None and verified.cheapest:
+        likely, *others = verified.cheapest
+        may = f" (not told apart from {' or '.join(map(str, sorted(others)))})" if others else ""
+        said.append(f"a solved prompt is cheapest with {likely} sample{'' if likely == 1 else 's'} of those played{may}")
     return "; ".join(said) + "."

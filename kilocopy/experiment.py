@@ -15,7 +15,7 @@ prompts of its own: no prefix cache answers with what an earlier part asked.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,19 +92,25 @@ def _best_of_n(spec: Spec, asked: BestOfNExperiment) -> list[Serving]:
         blocks += [(f"{n} sample{'' if n == 1 else 's'} of a request", asked.sequences // n, {"samples": n, "keep_texts": keep or spec.workload.keep_texts})]
         if n > 1 and asked.same_prompt_apart:
             blocks += [(f"{n} requests of a prompt", asked.sequences, {"copies_per_prompt": n})]
-    return [Serving(spec.model_copy(update={"experiment": None, "stages": [asked.at(asked.sequences)]}), _shuffled(spec, asked, blocks))]
+    return [Serving(spec.model_copy(update={"experiment": None, "stages": [asked.at(asked.sequences)]}), _shuffled(spec, asked, blocks, range(asked.repeats)))]
 
 
 def _k_shot(spec: Spec, asked: KShotExperiment) -> list[Serving]:
-    """All k on one serving with the prefix cache and one without, each in a seeded random order."""
+    """All k in each repeat with the prefix cache and without, each served anew; the first repeat's order is drawn, and each next one's is turned round.
+
+    So a machine that warms up or tires bears on both alike, and a serving's own luck is between repeats, where the intervals come from.
+    """
+    order = list(asked.prefix_cache or (None,))
+    random.Random(schedule.draw(spec.workload.seed, "cache order")).shuffle(order)  # noqa: S311  # a seeded plan, not a secret
     servings = []
-    for cached in asked.prefix_cache or (None,):
-        engine = spec.cluster.engine if cached is None else spec.cluster.engine | {"enable_prefix_caching": cached}
-        served = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"engine": engine})})
-        front = "" if cached is None else f"cache {'on' if cached else 'off'}, "
-        blocks = [(f"{front}{k} example{'' if k == 1 else 's'}", asked.copies, _examples(spec, asked, k)) for k in asked.levels]
-        plain_spec = served.model_copy(update={"experiment": None, "stages": [asked.at(asked.copies)]})
-        servings.append(Serving(plain_spec, _shuffled(served, asked, blocks), fresh=asked.prefix_cache is not None))
+    for repeat in range(asked.repeats):
+        for cached in order if repeat % 2 == 0 else order[::-1]:
+            engine = spec.cluster.engine if cached is None else spec.cluster.engine | {"enable_prefix_caching": cached}
+            served = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"engine": engine})})
+            front = "" if cached is None else f"cache {'on' if cached else 'off'}, "
+            levels = [(f"{front}{k} example{'' if k == 1 else 's'}", asked.copies, _examples(spec, asked, k)) for k in asked.levels]
+            plain_spec = served.model_copy(update={"experiment": None, "stages": [asked.at(asked.copies)]})
+            servings.append(Serving(plain_spec, _shuffled(served, asked, levels, [repeat]), fresh=cached is not None))
     return servings
 
 
@@ -118,10 +124,12 @@ def _examples(spec: Spec, asked: KShotExperiment, k: int) -> dict[str, Any]:
     return {"prompts": prompts.model_copy(update={"input_tokens": question + shown, "shared_prefix_fraction": shown / (question + shown), "prefixes": 1})}
 
 
-def _shuffled(spec: Spec, asked: BestOfNExperiment | KShotExperiment, levels: list[tuple[str, int, dict[str, Any]]]) -> tuple[Block, ...]:
-    """Blocks of one level each, as often as they repeat: name, copies, what the workload differs in."""
-    order = [(level, repeat) for repeat in range(asked.repeats) for level in levels]
-    random.Random(schedule.draw(spec.workload.seed, "order")).shuffle(order)  # noqa: S311  # a seeded plan, not a secret
+def _shuffled(
+    spec: Spec, asked: BestOfNExperiment | KShotExperiment, levels: list[tuple[str, int, dict[str, Any]]], repeats: Sequence[int]
+) -> tuple[Block, ...]:
+    """Blocks of one level each in these repeats: name, copies, what the workload differs in."""
+    order = [(level, repeat) for repeat in repeats for level in levels]
+    random.Random(schedule.draw(spec.workload.seed, "order", *repeats)).shuffle(order)  # noqa: S311  # a seeded plan, not a secret
     return tuple(
         Block((f"{name}, repeat {repeat + 1}",), plain(spec, [asked.at(copies)], workload=spec.workload.model_copy(update=changes)))
         for (name, copies, changes), repeat in order

@@ -7,6 +7,7 @@ the repeats (lack of fit), and where it may not, the slope is called what it is 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,29 +70,32 @@ def find(spec: Spec, played: Sequence[Played], beside: Beside) -> KShotFinding:
     for one in played:
         if one.counts:
             groups.setdefault(_kind(spec, asked, one), []).append(one)
-    spread = repeats.pooled([[one.seconds(1) for one in group] for group in groups.values()])
+    spread = repeats.pooled([_seconds(group) for group in groups.values()])
     caches = asked.prefix_cache or (None,)
     levels = [_level(k, cached, groups[cached, k], spread) for cached in caches for k in asked.levels if (cached, k) in groups]
     notes = notes_of(played, len(asked.levels) * len(caches) * asked.repeats)
     slopes, lines = [], {}
     for cached in caches:
         mine = {k: groups[cached, k] for k in asked.levels if (cached, k) in groups}
-        found = _line(mine, spread)
+        found = _line({k: _seconds(group) for k, group in mine.items()}, spread)
         if isinstance(found, str):
             notes.append(f"{_where(cached)}: {found}".lstrip(": ").capitalize())
         else:
             lines[cached] = found
-            slopes.append(_slope(cached, found, mine))
+            slopes.append(_slope(cached, found, len(mine), _usd_line(mine)))
     saves = _saves(lines[True], lines[False]) if {True, False} <= set(lines) else None
     notes += [
         f"{_where(one.prefix_cache).capitalize() or 'The levels'}: they do not lie on a line (p = {one.misfit_p:.2g}): the slope is a mean over these levels, its interval widened to fit."
         for one in slopes
         if not one.straight
     ]
+    order = _order(spec, asked, played)
+    if len(order) > 1:
+        notes.append(f"Played in this order: prefix cache {', '.join('on' if cached else 'off' for cached in order)}; within each, the examples in random order.")
     if spread.basis == "within_run":
         notes.append("Intervals are from inside the runs: what moves from one start of the driver to the next is not in them; more repeats would show it.")
     return KShotFinding(
-        sentence=_sentence(slopes, saves), notes=notes, copies=asked.copies, basis=spread.basis, levels=levels, slopes=slopes, cache_saves=saves
+        sentence=_sentence(slopes, saves, order), notes=notes, copies=asked.copies, basis=spread.basis, levels=levels, slopes=slopes, cache_saves=saves
     )
 
 
@@ -102,6 +106,12 @@ def _kind(spec: Spec, asked: KShotExperiment, one: Played) -> Key:
     if asked.example_tokens is not None and isinstance(question, int):
         return cached, (prompts.input_tokens - question) // asked.example_tokens  # type: ignore[union-attr,operator]
     return cached, one.spec.workload.examples
+
+
+def _order(spec: Spec, asked: KShotExperiment, played: Sequence[Played]) -> list[bool]:
+    """The prefix cache's settings as they followed each other, of levels that count."""
+    told = [_kind(spec, asked, one)[0] for one in sorted(played, key=lambda one: one.stage.start_s) if one.counts]
+    return [cached for cached, _ in itertools.groupby(told) if cached is not None]
 
 
 def _seconds(group: Sequence[Played]) -> list[Reading]:
@@ -127,47 +137,57 @@ def _level(k: int, cached: bool | None, group: Sequence[Played], spread: Spread)
     )
 
 
-def _line(groups: Mapping[int, Sequence[Played]], spread: Spread) -> Line | str:
+def _line(levels: Mapping[int, Sequence[Reading]], spread: Spread) -> Line | str:
     """The line through the levels; a sentence where they do not carry one."""
-    if len(groups) < LEVELS_MIN:
-        return f"{len(groups)} levels that count are too few for a slope: it takes {LEVELS_MIN}."
+    if len(levels) < LEVELS_MIN:
+        return f"{len(levels)} levels that count are too few for a slope: it takes {LEVELS_MIN}."
     if spread.basis == "none":
         return "no slope, since nothing says how sure each level is: lengthen the levels to 10 s, or repeat them."
-    means = {k: repeats.mean(_seconds(group), spread).value for k, group in groups.items()}
-    squared = [(repeats.error2(_seconds(group), spread) or 0.0) * means[k] ** 2 for k, group in groups.items()]
+    means = {k: repeats.mean(level, spread).value for k, level in levels.items()}
+    squared = [(repeats.error2(level, spread) or 0.0) * means[k] ** 2 for k, level in levels.items()]
     if min(squared) <= 0:
         return "no slope: the repeats are equal to the last digit, which no measurement is."
     return line(np.array(list(means), dtype=np.float64), np.array(list(means.values())), np.array(squared), spread.freedom)
 
 
-def _slope(cached: bool | None, found: Line, groups: Mapping[int, Sequence[Played]]) -> Slope:
-    """The line's figures; money goes with the seconds where every level has a price."""
-    slope, zero, t = found.slope, found.at_zero, found.t
-    error, zero_error = (math.sqrt(found.covariance[i, i]) for i in (1, 0))
-    share = slope / zero
+def _usd_line(groups: Mapping[int, Sequence[Played]]) -> Line | None:
+    """The line through $ per request at the middle price; None where a level has no price.
+
+    It is fitted by itself: a meter's electricity makes an hour of owned hardware dearer at some levels than at others.
+    """
+    levels: dict[int, list[Reading]] = {}
+    for k, group in groups.items():
+        for one, took in zip(group, _seconds(group), strict=True):
+            cost = one.stage.cost
+            if cost is None or cost.usd_per_m_output_tokens is None:
+                return None
+            each = cost.usd_per_m_output_tokens.mid / 1e6 * one.tokens_per_request / took.value
+            low, high = (None if end is None else end * each for end in (took.low, took.high))
+            levels.setdefault(k, []).append(Reading(took.value * each, low, high))
+    found = _line(levels, repeats.pooled(list(levels.values())))
+    return None if isinstance(found, str) else found
+
+
+def _slope(cached: bool | None, found: Line, levels: int, usd: Line | None) -> Slope:
+    """The lines' figures."""
+    zero, t = found.at_zero, found.t
+    zero_error = math.sqrt(found.covariance[0, 0])
+    share = found.slope / zero
     share_error = math.sqrt(max(found.covariance[1, 1] - 2 * share * found.covariance[0, 1] + share**2 * found.covariance[0, 0], 0.0)) / abs(zero)
-    rates = [_usd_per_s(one) for group in groups.values() for one in group]
-    usd = None
-    if None not in rates and max(filter(None, rates)) <= 1.001 * min(filter(None, rates)):  # what a meter adds to owned hardware's hour is no such factor
-        usd = _around(slope * (rates[0] or 0.0), t * error * (rates[0] or 0.0))
     return Slope(
         prefix_cache=cached,
-        levels=len(groups),
-        seconds=_around(slope, t * error),
+        levels=levels,
+        seconds=_of(found),
         at_zero=_around(zero, t * zero_error),
         of_a_request=_around(share, t * share_error),
-        usd=usd,
+        usd=None if usd is None else _of(usd),
         misfit_p=found.misfit_p,
         straight=found.misfit_p >= MISFIT,
     )
 
 
-def _usd_per_s(one: Played) -> float | None:
-    """What a second of the serving hardware costs."""
-    cost, through = one.stage.cost, one.stage.throughput
-    if cost is None or cost.usd_per_m_output_tokens is None or through is None:
-        return None
-    return cost.usd_per_m_output_tokens.mid / 1e6 * through.output_tokens_per_s.value or None
+def _of(found: Line) -> Estimate:
+    return _around(found.slope, found.t * math.sqrt(found.covariance[1, 1]))
 
 
 def _around(value: float, half: float) -> Estimate:
@@ -199,7 +219,7 @@ def scaled(value: Estimate, factor: float) -> Estimate:
     return Estimate(value=value.value * factor, low=None if value.low is None else value.low * factor, high=None if value.high is None else value.high * factor)
 
 
-def _sentence(slopes: Sequence[Slope], saves: Estimate | None) -> str:
+def _sentence(slopes: Sequence[Slope], saves: Estimate | None, order: Sequence[bool]) -> str:
     """The answer in one sentence."""
     if not slopes:
         return "No answer: the levels carry no slope (see the notes)."
@@ -212,5 +232,7 @@ def _sentence(slopes: Sequence[Slope], saves: Estimate | None) -> str:
         parts.append(f"a further example costs {cost}{share}{where}{' (not shown to differ from nothing)' if zero else ''}")
     if saves is not None:
         parts.append(f"the cache takes {told(scaled(saves, 100))} % of it off")
+    if len(order) == 2:
+        parts.append(f"all levels with the cache {'on' if order[0] else 'off'} were played first, so what changed meanwhile is in the difference too")
     said = "; ".join(parts)
     return said[0].upper() + said[1:] + "."

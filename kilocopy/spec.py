@@ -656,7 +656,7 @@ class KShotExperiment(Timed):
     examples: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(min_length=1, description="The levels k; a slope takes three or more.")
     example_tokens: Count | None = Field(None, description="For synthetic prompts: tokens of one example, in front of the workload's input_tokens.")
     copies: Count
-    prefix_cache: tuple[bool, ...] | None = Field((True, False), min_length=1, description="What is served: with the prefix cache, without. null: the engine as it is.")
+    prefix_cache: tuple[bool, ...] | None = Field((True, False), min_length=1, description="What is served, anew in each repeat: with the prefix cache, without; the order is drawn and turned round from repeat to repeat. null: the engine as it is.")
     repeats: Annotated[int, Field(ge=1, le=100)] = Field(3, description="How often each level is played, all in one random order. One carries no interval between repeats.")
 
     @property

@@ -571,6 +571,7 @@ class Verified(Frozen):
     failures: int  # of the verifier itself: its samples are on neither side
     failure: str | None  # the commonest one, in words
     pass_at: list[PassAt]
+    cheapest: list[int] = []  # every n at which a solved prompt may be cheapest (in 2.5 % of resamplings or more), the likeliest first
 
 
 class BestOfNFinding(Frozen):

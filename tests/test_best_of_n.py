@@ -13,13 +13,14 @@ import pytest
 from pydantic import ValidationError
 
 from kilocopy import experiment, records, verifier
-from kilocopy.best_of_n import mean_share, pass_at
+from kilocopy.best_of_n import _cheapest, mean_share, pass_at
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import read_manifest, summarise
 from kilocopy.records import Writer
+from kilocopy.repeats import Spread
 from kilocopy.spec import Spec, Verifier
-from kilocopy.summary import Summary
+from kilocopy.summary import Arm, Band, Estimate, Summary
 from tests import synthetic
 from tests.synthetic import Run
 from tests.test_experiment import asked, home_of
@@ -273,3 +274,20 @@ def test_nothing_is_verified_before_the_levels_are_there(tmp_path: Path) -> None
 def test_a_verifier_that_is_not_there_is_refused_before_anything_is_served() -> None:
     with pytest.raises(ProblemError, match="'no-such-grader' is no program that can be started"):
         verifier.check(Spec.model_validate(spec(verifier={"command": ["no-such-grader", "x"]})))
+
+
+def test_the_cheapest_n_is_told_with_what_it_is_not_told_apart_from() -> None:
+    def arm(n: int, usd: float, error: float) -> Arm:
+        rate = Estimate(value=1.0, low=1 - error, high=1 + error)
+        return Arm(
+            samples=n, how="one_request" if n > 1 else "own_prompts", requests_in_flight=8, repeats=3, samples_per_s=rate, usd_per_sample=Band(low=usd, mid=usd, high=usd),
+            j_per_sample=None, energy_source="not_measured", ttft_p50_s=None, e2e_p50_s=None, prefix_hit_fraction=None,
+        )  # fmt: skip
+
+    spread = Spread("repeats", 0.0001, 10)
+    independent = [(8, passed) for passed in [0, 1, 2, 1, 0, 1, 1, 2] * 40]  # about one in eight passes, whatever the prompt: k samples solve nearly k times as often
+    assert _cheapest([arm(1, 1.0, 0.01), arm(8, 0.5, 0.01)], independent, spread) == [8]
+    assert _cheapest([arm(1, 1.0, 0.01), arm(8, 0.99, 0.01)], [(8, 8)] * 160 + [(8, 0)] * 160, spread) == [1]  # the others never pass: more samples buy nothing
+    close = _cheapest([arm(1, 1.0, 0.1), arm(2, 0.985, 0.1)], [(2, 1)] * 160 + [(2, 0)] * 160, spread)  # 2 x 0.985 for twice as many solved
+    assert sorted(close) == [1, 2]
+    assert _cheapest([arm(1, 1.0, 0.1), arm(2, 0.5, 0.1)], [(2, 0)] * 9, spread) == []
