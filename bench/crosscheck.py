@@ -9,6 +9,9 @@ the first stream stopped asking. vllm's own printed figure (all tokens over all 
 
 On a machine whose speed changes from minute to minute turns say little: with `--together` both ask at the same time, as many streams each, and both
 are counted in kilocopy's window (one clock, CLOCK_MONOTONIC, for both). Whatever the servers do at a moment they do to both.
+
+TTFT depends on whether a client's streams go in step: prompts that arrive together are prefilled in one step, which is longer. Where both clients' starts are
+spread (vllm's by `--request-rate`) it compares clients, else their starts; `sent_together` says which.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from rich.table import Table
 from scipy import stats
 
 from bench.clients import vllm_bench
-from kilocopy import manifest, run, serving
+from kilocopy import manifest, records, run, serving
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.spec import Spec, load
@@ -40,12 +43,14 @@ from kilocopy.spec import Spec, load
 Figures = dict[str, float]
 Window = tuple[float, float]  # begin and end, seconds on the monotonic clock
 TRIES = 3
-VLLM_START_S = 25.0  # what `vllm bench serve` takes to load; then it has begun to ask
+TOGETHER_S = 0.02  # sent so close, two prompts wait for the same step of the engine
+VLLM_START_S = 45.0  # what `vllm bench serve` takes to load on one core; then it has begun to ask
 
 
 def with_stage(spec: Spec, copies: int, seconds: float) -> Spec:
-    """The spec with one closed stage."""
+    """The spec with one closed stage in place of its stages or its experiment."""
     tree = spec.model_dump(mode="json")
+    tree["experiment"] = None
     tree["stages"] = [{"arrival": "closed", "copies": copies, "duration_s": seconds, "warmup_s": 2, "ramp_s": 2}]
     return Spec.model_validate(tree)
 
@@ -66,17 +71,27 @@ def by_kilocopy(spec: Spec, url: str, targets: list[str], runs: Path) -> tuple[F
     else:
         raise ProblemError(f"{run_dir}: kilocopy's own stage has no latency to compare, in {TRIES} tries: {reasons}")
     zero_s = (summary.wall_zero_s or 0.0) - (time.time() - time.perf_counter())
+    start_s, end_s = zero_s + stage.window.start_s, zero_s + stage.window.end_s
+    sent_s = records.read(run_dir, "requests")["sent_ns"].drop_null().to_numpy() / 1e9
     return {
         "tokens_per_s": stage.throughput.output_tokens_per_s.value,
         "ttft_p50_s": stage.latency.ttft_s.p50,
         "ttft_p99_s": stage.latency.ttft_s.p99,
         "tpot_p50_s": stage.latency.tpot_s.p50,
         "requests_per_s": stage.throughput.requests_per_s,
-    }, (zero_s + stage.window.start_s, zero_s + stage.window.end_s)
+        "sent_together": sent_together(sent_s, start_s, end_s),
+    }, (start_s, end_s)
 
 
-def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) -> dict[str, Any]:
-    """As many requests by `vllm bench serve`: its detailed result."""
+def sent_together(sent_s: npt.NDArray[np.float64], start_s: float, end_s: float) -> float:
+    """The share of the requests sent inside that went within `TOGETHER_S` of another one of the same client."""
+    times_s = np.sort(sent_s[(sent_s >= start_s) & (sent_s < end_s)])
+    near = np.diff(times_s, prepend=-np.inf, append=np.inf) < TOGETHER_S
+    return float((near[:-1] | near[1:]).mean()) if len(times_s) else 0.0
+
+
+def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int, rate_per_s: float | None) -> dict[str, Any]:
+    """As many requests by `vllm bench serve`, as soon as a stream is free or, at most, at a rate: its detailed result."""
     copies = spec.stages[0].copies  # type: ignore[union-attr]  # with_stage made it closed
     result = folder / "vllm.json"
     options = {
@@ -87,15 +102,17 @@ def by_vllm(spec: Spec, url: str, prompts: Path, folder: Path, requests: int) ->
         "--percentile-metrics": "ttft,tpot,itl,e2el",
     }  # fmt: skip
     flags = ["--ignore-eos", "--skip-chat-template", "--save-result", "--save-detailed", "--disable-tqdm", "--disable-shuffle"]
+    if rate_per_s:
+        flags += ["--request-rate", str(rate_per_s)]
     command = [*vllm_bench(), *(str(part) for pair in options.items() for part in pair), *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-def at_once(spec: Spec, state: dict[str, Any], runs: Path, prompts: Path, folder: Path, requests: int) -> tuple[Figures, Figures]:
+def at_once(spec: Spec, state: dict[str, Any], runs: Path, prompts: Path, folder: Path, requests: int, rate_per_s: float | None) -> tuple[Figures, Figures]:
     """Both clients at the same time. Raises ProblemError where vllm's requests did not last for kilocopy's whole window."""
     with ThreadPoolExecutor(1) as pool:
-        theirs = pool.submit(by_vllm, spec, state["url"], prompts, folder, requests)
+        theirs = pool.submit(by_vllm, spec, state["url"], prompts, folder, requests, rate_per_s)
         time.sleep(VLLM_START_S)
         ours, window = by_kilocopy(spec, state["url"], state["metrics"], runs)
         return ours, figures_of(theirs.result(), spec.stages[0].copies, window)  # type: ignore[union-attr]
@@ -133,6 +150,7 @@ def figures_of(result: dict[str, Any], copies: int, window: Window | None = None
         "ttft_p99_s": float(np.percentile(ttfts[kept], 99)),
         "tpot_p50_s": float(np.percentile(spans[kept] / np.maximum(lengths[kept] - 1, 1), 50)),
         "requests_per_s": float(kept.sum()) / (stop_s - begin_s),
+        "sent_together": sent_together(starts, begin_s, stop_s),
         "printed_tokens_per_s": float(result["output_throughput"]),
         "printed_ttft_p50_s": float(result["median_ttft_ms"]) / 1e3,
     }
@@ -166,9 +184,11 @@ def show(ours: Sequence[Figures], theirs: Sequence[Figures]) -> None:
         mine, other = [run_[name.removeprefix("printed_")] for run_ in ours], [run_[name] for run_ in theirs]
         unit = 1e3 if name.endswith("_s") and "per_s" not in name else 1
         label = name.removesuffix("_s") + "_ms" if unit > 1 else name
-        cells = [f"{median(part) * unit:,.1f}" for part in (mine, other)]
-        ranges = [f"{min(part) * unit:,.1f} .. {max(part) * unit:,.1f}" for part in (mine, other)]
-        table.add_row(label, cells[0], ranges[0], cells[1], ranges[1], f"{median(mine) / median(other):.3f}", by_pairs(mine, other))
+        digits = 2 if name == "sent_together" else 1
+        cells = [f"{median(part) * unit:,.{digits}f}" for part in (mine, other)]
+        ranges = [f"{min(part) * unit:,.{digits}f} .. {max(part) * unit:,.{digits}f}" for part in (mine, other)]
+        ratios = ["", ""] if name == "sent_together" else [f"{median(mine) / median(other):.3f}", by_pairs(mine, other)]
+        table.add_row(label, cells[0], ranges[0], cells[1], ranges[1], *ratios)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -181,6 +201,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--together", action="store_true", help="both at the same time, not in turn")
     parser.add_argument("--requests", type=int, default=400, help="with --together: so many by vllm, which have to outlast kilocopy's stage")
+    parser.add_argument("--request-rate", type=float, help="vllm sends at most so many requests a second, so that its streams are not in step; above what the servers do")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     asked = parser.parse_args()
     state = serving.status()
@@ -196,12 +217,12 @@ def main() -> None:
             fresh = spec.model_copy(update={"workload": spec.workload.model_copy(update={"seed": spec.workload.seed + number})})
             if asked.together:
                 write_prompts(fresh, prompts, asked.requests)
-                pair = at_once(fresh, state, asked.runs, prompts, Path(folder), asked.requests)
+                pair = at_once(fresh, state, asked.runs, prompts, Path(folder), asked.requests, asked.request_rate)
             else:
                 mine, _ = by_kilocopy(fresh, state["url"], state["metrics"], asked.runs)
                 requests = max(2 * asked.copies, round(mine["requests_per_s"] * asked.seconds))
                 write_prompts(fresh, prompts, requests)
-                pair = mine, figures_of(by_vllm(fresh, state["url"], prompts, Path(folder), requests), asked.copies)
+                pair = mine, figures_of(by_vllm(fresh, state["url"], prompts, Path(folder), requests, asked.request_rate), asked.copies)
             ours.append(pair[0])
             theirs.append(pair[1])
             print(f"pair {number + 1} of {asked.repeats}: {pair[0]['tokens_per_s']:,.0f} and {pair[1]['tokens_per_s']:,.0f} tokens/s", file=sys.stderr)

@@ -30,6 +30,7 @@ from kilocopy.streams import Floats, Streams
 from kilocopy.summary import Reason, Window
 
 GROWTH_BIN_S = 1.0
+WINDOW_S_MIN = 1.0  # a rate over less is of the events at its edges: 2,048 tokens of one moment over 1.6 ms are no speed
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def find(asked: PlainStage, span: Span, streams: Streams, last_s: float) -> Foun
     if isinstance(asked, ClosedStage):
         return _closed(asked, span, streams, end_s)
     start_s = span.start_s + asked.warmup_s
-    if end_s <= start_s:
+    if end_s - start_s < WINDOW_S_MIN:
         return Found(None, (_too_short(start_s, end_s),))
     end = "it stopped asking" if span.stop_s is not None else "the last record (the stage was cut off)"
     if isinstance(asked, RampStage | StepsStage | TraceStage):
@@ -183,7 +184,7 @@ def _window(start_s: float, end_s: float, rule: str) -> Window:
 
 
 def _too_short(start_s: float, end_s: float) -> Reason:
-    late = f"the window would begin at {start_s:.1f} s, but the stage stopped asking at {end_s:.1f} s"
+    late = f"the window would begin at {start_s:.1f} s, but the stage stopped asking at {end_s:.1f} s (a window is {WINDOW_S_MIN:g} s or more)"
     return Reason(code="no-steady-state", sentence=f"The stage was too short: {late}. Give it a longer duration_s.")
 
 
@@ -199,7 +200,7 @@ def _closed(asked: ClosedStage, span: Span, streams: Streams, end_s: float) -> F
     everybody_s = float(firsts_s[served].max())
     warm_s = span.start_s + asked.ramp_s + asked.warmup_s
     start_s = max(warm_s, everybody_s)
-    if end_s <= start_s:
+    if end_s - start_s < WINDOW_S_MIN:
         return Found(None, (_too_short(start_s, end_s),))
     begin = "the last copy's first token" if everybody_s > warm_s else "the end of ramp and warm-up"
     end = "the first copy stopped asking" if span.stop_s is not None else "the last record (the stage was cut off)"

@@ -133,6 +133,9 @@ def test_vllms_detailed_result_is_counted_in_the_same_window() -> None:
     assert seen["tokens_per_s"] == pytest.approx(sum(0.3 - 1e-9 <= at < 1.1 for at in inside) / 0.8)
     assert seen["ttft_p50_s"] == pytest.approx(0.2)
     assert seen["tpot_p50_s"] == pytest.approx(0.1)
+    assert seen["sent_together"] == 0
+    assert crosscheck.sent_together(np.array([0.0, 1.0, 1.01, 1.5, 1.51, 1.52, 2.0]), 1.0, 2.0) == 1.0
+    assert crosscheck.sent_together(np.array([1.0, 1.01, 1.5, 1.6]), 1.0, 2.0) == 0.5
     given = crosscheck.figures_of(result, copies=2, window=(0.45, 1.05))
     assert given["tokens_per_s"] == pytest.approx(sum(0.45 <= at < 1.05 for at in inside) / 0.6)
     with pytest.raises(ProblemError, match=r"from -0\.1 s to \+0\.7 s of kilocopy's window of 1\.0 s: not the whole of it"):

@@ -121,6 +121,19 @@ def test_the_window_waits_for_the_last_copys_first_token(tmp_path: Path) -> None
     assert "last copy's first token" in window.rule
 
 
+@pytest.mark.parametrize(("late_s", "found"), [(18.5, True), (19.998, False)])
+def test_a_moment_is_no_window(tmp_path: Path, late_s: float, found: bool) -> None:
+    """The last copy's first token comes 2 ms before the end: all tokens of that moment over 2 ms would be a speed of nobody."""
+    run = Run(tmp_path, synthetic.spec((2,)))
+    for copy, ttft_s in ((0, 0.5), (1, late_s)):
+        run.stream(0, ttft_s=ttft_s, gaps_s=[0.1] * 200, copy=copy)
+    run.marks(0, 0, 20, 40)
+    stage = stage_of(run.end(41))
+    assert (stage.window is not None, stage.throughput is not None) == (found, found)
+    if not found:
+        assert "the window would begin at 20.0 s" in stage.verdict.reasons[0].sentence
+
+
 def test_errors_are_in_flight_but_not_in_the_tokens(tmp_path: Path) -> None:
     """A broken stream keeps its place among the copies; its chunks are no output."""
     run = one_copy(tmp_path)
