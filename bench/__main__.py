@@ -14,10 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 from rich.console import Console
 from rich.table import Table
+from scipy.special import stdtrit
 
 from bench import clients, priority, rows
 from bench.clients import PEERS, NotRunError
@@ -27,6 +30,7 @@ from kilocopy import manifest
 
 LEVELS = (50, 100, 200, 400, 800, 1280, 1600, 2400, 3200)
 PEER_LEVELS = (50, 100, 200, 400)
+EXPORT_STREAMS = 1000
 MISSES_MAX = 2  # a client that was dishonest at so many levels in a row is not asked for more
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
 
@@ -129,6 +133,37 @@ def scaling(schedule: Schedule, window_s: float, streams: int) -> list[Level]:
     return found
 
 
+def exporting(schedule: Schedule, window_s: float, streams: int, pairs: int) -> list[Level]:
+    """The driver with its metrics page, read once a second, and without: pairs in turn, which goes first alternates. What is the page's share
+    of its CPU? A void level leaves its pair out of the answer."""
+    mine, servers = cores()
+    found, shares = [], []
+    for pair in range(pairs):
+        cost: dict[bool, float] = {}
+        for watched in (pair % 2 == 0, pair % 2 == 1):
+            with server(schedule, servers) as running:
+                level = clients.kilocopy(running, schedule, streams, window_s, mine, watched=watched)
+            level = replace(level, client=f"metrics {'on' if watched else 'off'}")
+            found.append(level)
+            OUT.print(_line(level), soft_wrap=True)
+            if level.cpu_s_per_event and not level.void:
+                cost[watched] = level.cpu_s_per_event
+            clients.settle()
+        if len(cost) == 2:
+            shares.append(cost[True] / cost[False] - 1)
+            OUT.print(f"pair {pair + 1}: metrics cost {100 * shares[-1]:+.2f} % of the CPU without them")
+    OUT.print(f"{len(shares)} pairs: {told_share(shares)}")
+    return found
+
+
+def told_share(shares: Sequence[float]) -> str:
+    """The mean of pairs with Student's 95 % interval, as far as there are two."""
+    if len(shares) < 2:
+        return "too few that count"
+    half = float(stdtrit(len(shares) - 1, 0.975)) * stdev(shares) / len(shares) ** 0.5
+    return f"metrics cost {100 * fmean(shares):+.2f} % [{100 * (fmean(shares) - half):+.2f} – {100 * (fmean(shares) + half):+.2f}] of the driver's CPU"
+
+
 def soak(seconds: float) -> None:
     """Many short streams for long: does the driver's memory grow with the requests done? Their number stands for hours."""
     schedule = Schedule(tokens=10)
@@ -158,6 +193,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=3, metavar="N", help="a void level is played so often at most")
     parser.add_argument("--quick", action="store_true", help="a minute: two levels, no peers")
     parser.add_argument("--scaling", type=int, metavar="STREAMS", help="only this: two workers of STREAMS each beside one")
+    parser.add_argument("--export", type=int, metavar="PAIRS", help=f"only this: the driver at {EXPORT_STREAMS:,} streams with its metrics page read and without")
     parser.add_argument("--rows", type=float, metavar="N", help="only this: the report of so many generated requests, its time and memory")
     parser.add_argument("--soak", type=float, metavar="S", help="only this: 200 short streams for so long, and the driver's memory")
     asked = parser.parse_args()
@@ -177,7 +213,9 @@ def main() -> None:
         if asked.soak:
             soak(asked.soak)
             return
-        if asked.scaling:
+        if asked.export:
+            found = {"export": exporting(schedule, asked.window, EXPORT_STREAMS, asked.export)}
+        elif asked.scaling:
             found = {"scaling": scaling(schedule, asked.window, asked.scaling)}
         else:
             found = {"loop in C": play("loop in C", clients.floor, levels, schedule, asked.window, asked.tries)}

@@ -14,8 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from kilocopy.spec import Spec, load
 
 CHECKOUT = HERE.parent
 WARM_S = 3.0
+SCRAPE_S = 1.0  # twice as often as `kilocopy watch` asks
 Client = Callable[[Server, Schedule, int, float, "int | None"], Level]
 
 
@@ -61,12 +65,18 @@ def spec_for(schedule: Schedule, streams: int, window_s: float) -> Spec:
     return Spec.model_validate(tree | {"stages": [stage]})
 
 
-def kilocopy(server: Server, schedule: Schedule, streams: int, window_s: float, core: int | None, workers: int = 1) -> Level:
-    """The driver as `kilocopy drive` starts it: real records, gaps, metrics. CPU is the workers' own, from the records."""
+def kilocopy(
+    server: Server, schedule: Schedule, streams: int, window_s: float, core: int | None, workers: int = 1, *, watched: bool | None = None
+) -> Level:
+    """The driver as `kilocopy drive` starts it: real records, gaps, metrics. CPU is the workers' own, from the records.
+
+    Its metrics pages are `watched` once a second, are not there (False), or nobody asks for them (None).
+    """
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         server.reset()
-        _drive(run_dir, server, spec_for(schedule, streams, window_s), core, workers)
+        with _watching(run_dir) if watched else nullcontext():
+            _drive(run_dir, server, spec_for(schedule, streams, window_s), core, workers, export=watched is not False)
         truth = _truth(server)
         return _from_run(run_dir, streams, schedule, truth, "kilocopy" if workers == 1 else f"kilocopy, {workers} workers")
 
@@ -79,14 +89,38 @@ def soak(server: Server, schedule: Schedule, streams: int, seconds: float, core:
         return [(row["finished"], row["rss_bytes"]) for row in records.read(run_dir, "driver").to_pylist()]
 
 
-def _drive(run_dir: Path, server: Server, spec: Spec, core: int | None, workers: int) -> None:
+@contextmanager
+def _watching(run_dir: Path) -> Iterator[None]:
+    """Read the metrics pages of a run once a second for a `with` block. Raises NotRunError where none was there to be read."""
+    over, pages = threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal pages
+        while not over.wait(SCRAPE_S):
+            for found in (run_dir / "targets").glob("*.json"):
+                [target] = json.loads(found.read_text(encoding="utf-8"))[0]["targets"]
+                with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as page:  # it begins and ends meanwhile
+                    pages += bool(page.read())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if not pages:
+        raise NotRunError("no metrics page of the driver was read")
+
+
+def _drive(run_dir: Path, server: Server, spec: Spec, core: int | None, workers: int, *, export: bool = True) -> None:
     records.write_json(run_dir / "manifest.json", {"spec": spec.model_dump(mode="json")})
     code = (
         "import sys; from pathlib import Path; from kilocopy import driving; from kilocopy.recompute import read_manifest; "
         "from kilocopy.spec import Spec; run = Path(sys.argv[1]); spec = Spec.model_validate(read_manifest(run)['spec']); "
         "sys.exit(driving.drive(run, sys.argv[2], spec, api_key=None, web=False, on_progress=lambda _: None, workers=int(sys.argv[3])))"
     )
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "KILOCOPY_SETTLE_S": "0.2"}
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "KILOCOPY_SETTLE_S": "0.2", "KILOCOPY_EXPORT": "on" if export else "off"}
     command = [*pinned(core), sys.executable, "-c", code, str(run_dir), server.url, str(workers)]
     subprocess.run(command, env=environment, check=True)
 
