@@ -34,6 +34,7 @@ from kilocopy.spec import CpuReplica, GpuReplica, Spec
 STOP = threading.Event()
 CONTROL_SILENT_S = 120.0
 WARM_UP_AT_ONCE = 256
+HELD: list[socket.socket] = []  # ports of this serving, until its process ends
 
 
 class StartError(Exception):
@@ -99,14 +100,21 @@ def use_loopback() -> None:
     os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(Path(__file__).with_name("haproxy_loopback.sh"))
     # Ray shares these fixed ports between two servings on one host (SO_REUSEPORT), and the wrong one may answer.
     for name in ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT"):
-        os.environ[f"RAY_SERVE_{name}"] = str(free_port())
+        os.environ[f"RAY_SERVE_{name}"] = str(held_port())
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def held_port() -> int:
+    """A TCP port of loopback that nobody else is given for as long as this process lives.
+
+    Its socket stays bound and never listens: the kernel gives such a port to nobody who asks for any port, and lets listen on it who names
+    it and sets SO_REUSEADDR (HAProxy) or SO_REUSEPORT (Serve's fallback proxy).
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    HELD.append(held)
+    return int(held.getsockname()[1])
 
 
 def serve(spec: Spec, state: State, local: bool) -> None:
