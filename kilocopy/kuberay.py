@@ -13,16 +13,19 @@ from typing import Any
 
 from ruamel.yaml.scalarstring import LiteralScalarString
 
-from kilocopy import __version__, placement, provision
+from kilocopy import __version__, metrics, placement, provision
 from kilocopy.application import IMAGE_CHECKOUT, RAY_VERSION, environment, serve_config
 from kilocopy.problem import ProblemError
-from kilocopy.spec import ClaimResults, Deploy, ObjectStoreResults, RedisFaultTolerance, SecretKey, Spec
+from kilocopy.spec import ClaimResults, CpuReplica, Deploy, ObjectStoreResults, RedisFaultTolerance, SecretKey, Spec
 
 DIGEST = "kilocopy/digest"  # annotation: of everything that the RayService says
+GROUP = "serving"  # of Ray's workers: the pods that hold replicas
+POD_PREFIX_MAX = 50  # KubeRay's, of a pod's name before `-worker-`
 NAME_MAX = 47  # KubeRay's, for a RayService: the names of its services grow from it
 UID, GID = 1000, 100  # the Ray images' user `ray`
 METRICS_PORT, DASHBOARD_PORT, AGENT_PORT, GCS_PORT = 8080, 8265, 52365, 6379  # KubeRay's and Ray's own
 JOIN_PORT, EXPORT_PORT, POWER_PORT = 5557, 9646, 9645
+DCGM_INTERVAL_S = 10  # it looks itself each 30 s, where nobody says otherwise
 JOIN_S = 1800  # a node may have to be brought, and the image to be pulled, before a worker starts
 OBJECT_STORE_BYTES = 2 * 10**9  # replicas share no objects worth speaking of; Ray would take a third of the memory
 MOUNTED_SPEC, RUNS = "/etc/kilocopy", "/runs"
@@ -143,7 +146,7 @@ def _workers(spec: Spec, deploy: Deploy, name: str) -> dict[str, Any]:
     pod = _pod(deploy, [container], [_memory(deploy.node.shm_gib), *_model_volumes(deploy)], on_gpus=True)
     container["volumeMounts"] += _model_mounts(deploy)
     return {
-        "groupName": "serving",
+        "groupName": GROUP,
         "replicas": placed.groups,
         "minReplicas": placed.groups,
         "maxReplicas": placed.groups,
@@ -280,6 +283,7 @@ def _monitoring(spec: Spec) -> list[dict[str, Any]]:
             power | {"honorLabels": True, "relabelings": _cased(drivers)},  # kilocopy's own page, whose absence is no server's
         ),
         _pod_monitor(spec, f"{name}-driver", "driver", own | {"honorLabels": True, "relabelings": _cased(drivers)}),
+        *([] if isinstance(spec.cluster.hardware, CpuReplica) else [_dcgm_monitor(spec, name)]),
     ]
     rule = provision.prometheus_rule(deploy.namespace, labels(name, "monitoring") | deploy.monitoring.labels)
     return [*monitors, rule, *provision.config_maps(deploy.namespace, labels(name, "monitoring"))]
@@ -295,6 +299,33 @@ def _pod_monitor(spec: Spec, name: str, component: str, *endpoints: dict[str, An
         "podMetricsEndpoints": [endpoint | {"metricRelabelings": _cased(provision.one_name_for_both())} for endpoint in endpoints],
     }
     return monitor
+
+
+def _dcgm_monitor(spec: Spec, name: str) -> dict[str, Any]:
+    """A second look at the DCGM exporters of NVIDIA's GPU operator: only at this deployment's GPUs, and under its `cluster`.
+
+    The exporter says of each GPU which pod has it (`namespace`, `pod`), and nothing of our names; series without `cluster` are no run's.
+    """
+    deploy = placement.needed(spec)
+    monitor = _object(spec, "PodMonitor", f"{name}-dcgm", "monitoring", "monitoring.coreos.com/v1")
+    monitor["metadata"]["labels"] |= deploy.monitoring.labels if deploy.monitoring else {}
+    ours = [
+        {"source_labels": ["__name__"], "regex": "|".join(metrics.DCGM), "action": "keep"},
+        {"source_labels": ["namespace", "pod"], "separator": ";", "regex": f"{deploy.namespace};{serving_pods(name)}", "action": "keep"},
+    ]
+    page = {"port": "metrics", "path": "/metrics", "interval": f"{DCGM_INTERVAL_S}s", "scrapeTimeout": f"{DCGM_INTERVAL_S}s", "honorLabels": True}
+    relabelled = {"relabelings": _cased(provision.dcgm_labels(spec.name)), "metricRelabelings": _cased(ours)}
+    monitor["spec"] = {
+        "selector": {"matchLabels": {"app": "nvidia-dcgm-exporter"}},
+        "namespaceSelector": {"any": True},
+        "podMetricsEndpoints": [page | relabelled],
+    }
+    return monitor
+
+
+def serving_pods(name: str) -> str:
+    """The names of the pods that hold replicas, as a regular expression: service, five letters or digits, group, cut by KubeRay to 50 letters."""
+    return f"{name}-?????-{GROUP}"[:POD_PREFIX_MAX].replace("?", "[a-z0-9]") + "-worker-.+"
 
 
 def _cased(rules: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -180,6 +180,11 @@ def own_labels(cluster: str) -> list[dict[str, Any]]:
     return [*([_label("cluster", cluster)] if cluster else []), _label("job", "kilocopy")]
 
 
+def dcgm_labels(cluster: str) -> list[dict[str, Any]]:
+    """The same for DCGM's exporter."""
+    return [_label("cluster", cluster), _label("job", "dcgm")]
+
+
 def _label(name: str, value: str) -> dict[str, Any]:
     return {"target_label": name, "replacement": value.replace("$", "$$")}
 

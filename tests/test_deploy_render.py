@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import typer
 
-from kilocopy import cli, deploying, kuberay, placement, receiving
+from kilocopy import cli, deploying, kuberay, metrics, placement, receiving
 from kilocopy.application import RAY_VERSION, llm_config
 from kilocopy.problem import ProblemError
 from kilocopy.spec import ACCELERATORS, Spec, load
@@ -194,11 +194,35 @@ def test_selectors_find_their_pods() -> None:
                 "PodMonitor": lambda t: t["spec"]["selector"]["matchLabels"],
                 "NetworkPolicy": lambda t: t["spec"]["podSelector"]["matchLabels"],
             }.get(thing["kind"])
+            if thing["kind"] == "PodMonitor" and thing["metadata"]["name"].endswith("-dcgm"):
+                continue  # pods of the GPU operator's
             if selector:
                 matched = [labels for labels in found if selector(thing).items() <= labels.items()]
                 assert len(matched) == (1 if thing["metadata"]["name"].endswith(("-leader", "-power")) else 2), thing["metadata"]["name"]
                 if thing["metadata"]["name"].endswith("-power"):
                     assert matched == [cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]]  # the head holds no replicas
+
+
+def test_dcgm_is_asked_for_this_deployments_gpus_alone() -> None:
+    """What is kept of an exporter that knows every GPU of the cluster: metrics that rules ask for, of GPUs that one of our serving pods has."""
+    [monitor] = [thing for thing in manifests("h100") if thing["metadata"]["name"].endswith("-dcgm")]
+    [page] = monitor["spec"]["podMetricsEndpoints"]
+    names, pods_ = page["metricRelabelings"]
+    assert page["honorLabels"]  # `pod` is whose GPU it is, not the exporter's own
+    assert all(re.fullmatch(names["regex"], name) for name in metrics.DCGM)
+    assert not re.fullmatch(names["regex"], "DCGM_FI_DEV_SM_CLOCK")
+    name = "llama-3-1-8b-h100"
+    for pod, kept in (
+        (f"kilocopy;{name}-x7k2p-serving-worker-9bq4z", True),
+        (f"kilocopy;{name}-x7k2p-head-9bq4z", False),
+        (f"kilocopy;{name}-int4-x7k2p-serving-worker-9bq4z", False),  # another deployment, whose name begins alike
+        (f"other;{name}-x7k2p-serving-worker-9bq4z", False),
+        ("gpu-operator;nvidia-dcgm-exporter-5tz8w", False),  # a GPU that no pod has
+    ):
+        assert bool(re.fullmatch(pods_["regex"], pod)) is kept, pod
+    long = "a" * kuberay.NAME_MAX
+    assert re.fullmatch(kuberay.serving_pods(long), f"{long}-x7k2p-serving"[: kuberay.POD_PREFIX_MAX] + "-worker-9bq4z")
+    assert not [thing for thing in manifests("cpu") if thing["metadata"]["name"].endswith("-dcgm")]
 
 
 def test_the_power_meter_starts_beside_ray_and_does_not_hold_it_up(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def test_pages_have_the_labels_that_rules_ask_for_whoever_finds_them() -> None:
     found = [named(endpoint["relabelings"]) for monitor in monitors for endpoint in monitor["spec"]["podMetricsEndpoints"]]
     assert {"cluster": deployed.name, "model": deployed.model.id, "job": "servers"} in found
     assert {"cluster": deployed.name, "job": "kilocopy"} in found
-    assert {labels["job"] for labels in found} == {"servers", "kilocopy"}
+    assert {"cluster": deployed.name, "job": "dcgm"} in found
+    assert {labels["job"] for labels in found} == {"servers", "kilocopy", "dcgm"}
     [duration] = [query for panel in dashboards.DRIVER.panels for query, _ in panel.queries if "scrape_duration" in query]
     assert 'job=~"kilocopy|servers"' in duration
 
