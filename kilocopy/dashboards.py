@@ -96,7 +96,7 @@ COPIES = Dashboard(
     "Copies and cost",
     "How many copies run now, how fast, and what a page costs.",
     (
-        stat("Copies now", f"kilocopy:copies{{{RUN}}}", "locale", "Streams open at the driver.", decimals=0),
+        stat("Copies now", f"kilocopy:copies{{{RUN}}}", "locale", "Streams open at the driver; where the run is over, its last in the time shown.", decimals=0),
         stat("Pages per hour", f"3600 * kilocopy:pages_per_second:rate1m{{{RUN}}}", "locale", "Pages of decoded text, as the spec defines a page.", decimals=0),
         stat("$ per page", f"kilocopy:usd_per_page:rate1m{{{RUN}}}", "currencyUSD", "Rent, or capital, opex and metered electricity. No data where electricity is owed and not metered.", decimals=7),
         stat("Wh per page", f"kilocopy:wh_per_page:rate1m{{{RUN}}}", "watth", "Metered energy times PUE. No data without a meter for every serving device. GPT-3's of 2020: 4 Wh.", decimals=2),
@@ -105,7 +105,7 @@ COPIES = Dashboard(
         Panel("Copies", "In flight at the driver, asked for, and running in the engines: the three agree in a steady stage.", (
             (f"kilocopy:copies{{{RUN}}}", "in flight"),
             (f"sum by (cluster, model, run) ({m.COPIES_ASKED.sample}{{{RUN}}})", "asked"),
-            (f"kilocopy:server_copies{{{MODEL}}}", "running in the engines"),
+            (f"kilocopy:server_copies{{{MODEL}}}", "running in the engines of {{model}}"),
         )),
         Panel("Copies against speed", "A point for each moment shown: copies in flight to the right, tokens/s of one copy up, both over a minute. As copies grow, each gets slower.", (
             (f"kilocopy:copies:mean1m{{{RUN}}}", "copies"),
@@ -157,17 +157,17 @@ REPLICAS = Dashboard(
         Panel("Tokens/s", "Output tokens by the engine's own counter, which begins with its first token.", (
             (f"{ENGINE_TOKENS} or {THERE}", "{{ReplicaId}}"),), width=6),
         Panel("Imbalance", "The busiest replica's tokens/s over the mean of all that are there: 1 is even, 2 of 2 means that one does all.", (
-            (f"kilocopy:replica_imbalance:rate1m{{{MODEL}}}", "busiest over mean"),), width=6, low=1),
+            (f"kilocopy:replica_imbalance:rate1m{{{MODEL}}}", "{{model}}: busiest over mean"),), width=6, low=1),
         Panel("Prefix cache hits", "Of the prompt tokens looked up. Synthetic prompts should hit nothing but shared prefixes.", (
             (f"({HITS} or 0 * {LOOKED_UP}) / ({LOOKED_UP} > 0)", "{{ReplicaId}}"),
         ), "percentunit", width=6, high=1),
         Panel("Replicas", "As Serve says: a dead engine after three failed checks, 10 s apart. A dead one keeps its counters on the page.", (
-            (f"kilocopy:replicas{{{MODEL}}}", "healthy"),
-            (f"count by (model_name) (count by (model_name, ReplicaId) (ray_vllm_generation_tokens_total{{{SERVERS}}}))", "with counters"),
+            (f"kilocopy:replicas{{{MODEL}}}", "{{model}}: healthy"),
+            (f"count by (model_name) (count by (model_name, ReplicaId) (ray_vllm_generation_tokens_total{{{SERVERS}}}))", "{{model_name}}: with counters"),
         ), width=6),
         Panel("Client and servers", "What the servers counted more than the client over 2 minutes, of their tokens. Near 0 in a steady stage; what is in flight can explain some.", (
-            (f"kilocopy:token_gap_fraction:rate2m{{{MODEL}}}", "gap"),
-            (f"kilocopy:token_gap_in_flight:rate2m{{{MODEL}}}", "in flight, at most"),
+            (f"kilocopy:token_gap_fraction:rate2m{{{MODEL}}}", "{{model}}: gap"),
+            (f"kilocopy:token_gap_in_flight:rate2m{{{MODEL}}}", "{{model}}: in flight, at most"),
         ), "percentunit", width=6, low=None),
         *LATENCIES,
         Panel("The serving tax", "The client's median TTFT and the engines': the distance is HTTP, routing and queues outside the engine.", (
@@ -181,7 +181,7 @@ REPLICAS = Dashboard(
 )  # fmt: skip
 
 METERS = 'run=~"$run|",cluster=~"$cluster|",ip=~"$node"'  # a meter knows its run, or its cluster
-GPUS = 'cluster=~"$cluster"'
+GPUS = 'cluster=~"$cluster",cluster!=""'  # with All too: a DCGM that does not know the cluster knows everybody's GPUs
 JOULES = f'increase({m.ENERGY.sample}{{run=~"$run",ip=~"$node",boundary=~"gpu|host"}}[$__range])'
 DCGM_JOULES = rules.named(f"increase({rules.DCGM_J}{{{GPUS}}}[$__range])", device="UUID", node="Hostname")
 HARDWARE = Dashboard(
@@ -195,7 +195,7 @@ HARDWARE = Dashboard(
         stat("Tokens/s per GPU", f"kilocopy:tokens_per_second_per_device:rate1m{{{RUN}}}", "locale", "Of the host, where there is no GPU.", width=6, decimals=1),
         Panel("Power", "By each meter's own counter: GPUs (NVML; DCGM where kilocopy has no meter), CPU packages (RAPL).", (
             (f"sum by (node, device, boundary) (kilocopy:meter_watts:rate1m{{{METERS}}})", "{{node}} {{boundary}} {{device}}"),), "watt"),
-        Panel("Energy in the time shown", "By each meter's own counter, without PUE.", (
+        Panel("Energy in the time shown", "Of the meters that the run reads, by their own counters, and of GPUs that only DCGM knows; without PUE.", (
             (f"sum by (node, boundary) ({JOULES})", "{{node}} {{boundary}}"),
             (f"sum by (node) (max by (node, device) ({DCGM_JOULES}) unless on (device) {JOULES}) / 1000", "{{node}} gpu, by DCGM"),
         ), "joule", "bargauge", instant=True),
@@ -203,9 +203,9 @@ HARDWARE = Dashboard(
             (f"kilocopy:joules_per_output_token:rate1m{{{RUN}}}", "per output token"),
             (f"kilocopy:joules_per_page:rate1m{{{RUN}}}", "per page"),
         ), "joule", right=("per page", "joule")),
-        Panel("GPU utilisation", "A kernel ran; it may have been a small one. By DCGM, or by Ray's agent where it does not know the cluster.", (
+        Panel("GPU utilisation", "A kernel ran; it may have been a small one. By DCGM, or by Ray's agent where it does not know the cluster. Of every node: the two name nodes differently.", (
             (f"kilocopy:gpu_busy_fraction{{{GPUS}}}", "{{node}} GPU {{device}}"),), "percentunit", width=6, high=1),
-        Panel("GPU memory", "In use. By DCGM, or by Ray's agent.", ((f"kilocopy:gpu_memory_bytes{{{GPUS}}}", "{{node}} GPU {{device}}"),), "bytes", width=6),
+        Panel("GPU memory", "In use. By DCGM, or by Ray's agent. Of every node.", ((f"kilocopy:gpu_memory_bytes{{{GPUS}}}", "{{node}} GPU {{device}}"),), "bytes", width=6),
         Panel("Host CPU", "All cores together.", ((f"{reported('ray_node_cpu_utilization', NODE)}", "{{ip}}"),), "percent", width=6, high=100),
         Panel("Host memory", "In use, and there.", (
             (f"{reported('ray_node_mem_used', NODE)}", "{{ip}} used"), (f"{reported('ray_node_mem_total', NODE)}", "{{ip}} there")), "bytes", width=6),

@@ -268,6 +268,58 @@ def test_a_counter_that_starts_again_is_never_negative(tmp_path: Path) -> None:
     promtool(tmp_path, series, {"kilocopy:pages_per_second:rate1m": [(KEY, 2 * 27_500 / 60 / 500)]})
 
 
+def test_every_quantity_bears_counters_that_start_again(tmp_path: Path) -> None:
+    """Driver, engines and meters start again at 65 s: of a minute's 12 steps the one across the restart is lost, of two minutes' 23 too; ratios hold.
+
+    They begin at 5 s: no sample lies on the edge of two minutes, which Prometheus 2 counts in and 3 does not.
+    """
+    stage = ',stage="1"'
+    series = driver() | engines() | meters() | dcgm("TOTAL_ENERGY_CONSUMPTION", "d", "5+750000x60")
+    series |= worker("kilocopy_slo_judged_total", 0, "0+10x60", stage) | worker("kilocopy_slo_attained_total", 0, "0+8x60", stage)
+    series |= worker("kilocopy_requests_total", 0, "0+10x60", f'{stage},outcome="http_429"')
+    series |= worker("kilocopy_driver_cpu_seconds_total", 0, "0+3x60") | worker("kilocopy_stream_events_total", 0, "0+6000x60")
+    for name in ("ttft", "inter_chunk", "send_lag", "loop_lag"):
+        for edge, step in (("0.1", 5), ("0.2", 10), ("+Inf", 10)):
+            series |= worker(f"kilocopy_{name}_seconds_bucket", 0, f"0+{step}x60", f'{stage if name != "loop_lag" else ""},le="{edge}"')
+
+    def restarted(values: str) -> str:
+        counter = re.fullmatch(r"(\d+)\+(\d+)x60", values)
+        return f"_x1 {int(counter[1]) + int(counter[2])}+{counter[2]}x11 0+{counter[2]}x40" if counter else values
+
+    again = {name: restarted(values) for name, values in series.items()}
+    kept, two = 11 / 12, 22 / 23
+    one, a, b = KEY | {"worker": "0"}, MODEL | {"ReplicaId": "a"}, MODEL | {"ReplicaId": "b"}
+    watts = [({"run": "r", "node": "n", "device": device, "boundary": "gpu"}, kept * watts) for device, watts in (("a", 300), ("b", 200))]
+    wanted: Wanted = {
+        "kilocopy:output_tokens_per_second:rate1m": [(KEY, 2000 * kept)],
+        "kilocopy:tokens_per_second_per_copy:rate1m": [(KEY, 2000 * kept / 64)],
+        "kilocopy:tokens_per_second_per_device:rate1m": [(KEY, 1000 * kept)],
+        "kilocopy:server_tokens_per_second:rate1m": [(MODEL, 2010 * kept)],
+        "kilocopy:replica_tokens_per_second:rate1m": [(a, 1005 * kept), (b, 1005 * kept)],
+        "kilocopy:replica_imbalance:rate1m": [(MODEL, 1)],
+        "kilocopy:pages_per_second:rate1m": [(KEY, 2 * kept)],
+        "kilocopy:own_watts:rate1m": watts,
+        "kilocopy:meter_watts:rate1m": [*watts, ({"cluster": "c", "node": "n", "device": "d", "boundary": "gpu"}, 150 * two)],
+        "kilocopy:facility_watts:rate1m": [(KEY, 1.2 * (500 * kept + 150 * two))],
+        "kilocopy:joules_per_page:rate1m": [(KEY, 1.2 * (500 * kept + 150 * two) / (2 * kept))],
+        "kilocopy:joules_per_output_token:rate1m": [(KEY, 1.2 * (500 * kept + 150 * two) / (2000 * kept))],
+        "kilocopy:hardware_usd_per_page:rate1m": [(KEY | {"kind": "owned"}, 0.0005 / kept)],
+        "kilocopy:slo_attained_fraction:rate1m": [(KEY, 0.8)],
+        "kilocopy:error_fraction:rate1m": [(KEY, 10 / 110)],
+        "kilocopy:ttft_seconds:p50": [(KEY, 0.1)],
+        "kilocopy:ttft_seconds:p99": [(KEY, 0.198)],
+        "kilocopy:inter_chunk_seconds:p50": [(KEY, 0.1)],
+        "kilocopy:inter_chunk_seconds:p99": [(KEY, 0.198)],
+        "kilocopy:driver_send_lag_seconds:p99": [(one, 0.198)],
+        "kilocopy:driver_loop_lag_seconds:p99": [(one, 0.198)],
+        "kilocopy:driver_cpu_fraction:rate1m": [(one, 0.6 * kept)],
+        "kilocopy:driver_events_per_second:rate1m": [(one, 1200 * kept)],
+        "kilocopy:token_gap_fraction:rate2m": [(MODEL, 10 / 2010)],
+        "kilocopy:token_gap_in_flight:rate2m": [(MODEL, 64 * 100 / (120 * 2010 * two))],
+    }
+    promtool(tmp_path, again, wanted)
+
+
 def engines(more: str = "") -> Series:
     """Two replicas with 2,010 tokens/s; b has no gauges: it is idle. `more` labels: Ray's, or none on vLLM's own pages."""
     found = {f'ray_vllm_generation_tokens_total{{{ENGINE}"{replica}"{more}}}': "0+5025x60" for replica in "ab"}
