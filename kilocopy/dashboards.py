@@ -220,7 +220,7 @@ DRIVER = Dashboard(
     (
         stat("Verdict", f'count(ALERTS{{alertname="{LIMITED}",alertstate="firing",{RUN}}}) or 0 * count(kilocopy:copies{{{RUN}}})', "short",
              "From the alert on loop lag, CPU and send lag.", width=12,
-             words={"0": ("The driver keeps up", "green"), "1": ("The driver is the limit: use more workers", "red")}),
+             words={"0": ("The driver keeps up", "green"), "1": ("The driver is the limit: use more workers, or a quieter host", "red")}),
         stat("Worst loop lag, p99", f"max(kilocopy:driver_loop_lag_seconds:p99{{{RUN}}})", "s", "Over 5 ms, or a tenth of the gap between tokens, latencies are not to be trusted.", width=6),
         stat("Busiest worker", f"max(kilocopy:driver_cpu_fraction:rate1m{{{RUN}}})", "percentunit", "CPU of one core.", width=6, high=1, decimals=0),
         Panel("Loop lag, p99", "How late each worker's event loop woke. Over the line latencies are not to be trusted, unless a tenth of the gap between tokens is more.", ((f"kilocopy:driver_loop_lag_seconds:p99{{{RUN}}}", "worker {{worker}}"),), "s", limit=LAG_S_MAX),

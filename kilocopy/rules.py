@@ -268,7 +268,7 @@ ALERTS = (
           f"(({_LAGS} > {LAG_S_MAX:g}) unless ({_LAGS} <= on ({RUN}) group_left () ({LAG_ITL_FRACTION:g} * kilocopy:inter_chunk_seconds:p50)))"
           f" or kilocopy:driver_cpu_fraction:rate1m > {CPU_FRACTION_MAX:g} or kilocopy:driver_send_lag_seconds:p99 > {SEND_LAG_S_MAX:g}",
           "30s", "warning",
-          "Worker {{ $labels.worker }} of run {{ $labels.run }} cannot keep up: what it sees is its own doing. Use more workers.",
+          "Worker {{ $labels.worker }} of run {{ $labels.run }} is the limit, not the servers: use more workers, or a quieter host.",
           "The report's own bounds, over the last minute. 30 s, because one late moment is in that minute for all of it."),
     Alert("KilocopySloBroken",
           f"kilocopy:slo_attained_fraction:rate1m < {by_run(m.SLO_QUANTILE.sample, 'max')}", "1m", "warning",

@@ -84,7 +84,7 @@ class Screen:
         """Over which time the figures are: at the start of a run and of a stage that matters."""
         seen_s = self.live.time_s - self.live.begun_s
         if seen_s < MINUTE_S:
-            return Text(f"Figures are over the last minute, of which only {seen_s:.0f} s were seen: rates still rise.", style="yellow")
+            return Text(f"Of the last minute only {seen_s:.0f} s were seen: rates still rise, and prices fall.", style="yellow")
         return Text("Rates, shares, prices and percentiles (from buckets) are over the last minute.", style="dim")
 
     def sentence(self) -> str:
@@ -120,15 +120,18 @@ class Screen:
         if self.value("kilocopy:copies") is None:
             said = [Text(f"driver: {NO_DATA}", style="dim")]
         elif dashboards.LIMITED in firing:
-            said = [Text(firing[dashboards.LIMITED].said, style="red")]
+            said = [Text(self._here(firing[dashboards.LIMITED].said), style="red")]
         else:
             said = [Text(f"{KEPT_UP}.", style="green")]
-        said += [Text(alert.said.replace(f" of run {self.run.id}", ""), style=SEVERITY[alert.severity])
-                 for name, alert in firing.items() if name != dashboards.LIMITED]  # fmt: skip
+        said += [Text(self._here(alert.said), style=SEVERITY[alert.severity]) for name, alert in firing.items() if name != dashboards.LIMITED]
         said += [Text(f"{rule}: {why}", style="red") for rule, why in self.live.group.failed.items()]
         for line in said:
             line.no_wrap, line.overflow = True, "ellipsis"
         return said
+
+    def _here(self, said: str) -> str:
+        """An alert's words without the name of the run, which the head has: 80 columns are few."""
+        return said.replace(f" of run {self.run.id}", "")
 
     def _quantities(self) -> list[tuple[str, str, str]]:
         """Label, words, and the rule whose line stands beside them."""

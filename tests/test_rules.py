@@ -459,7 +459,7 @@ def fires(severity: str, labels: dict[str, str], summary: str) -> dict[str, Any]
 
 
 def test_a_driver_that_lags_says_so_unless_the_models_own_pace_is_slower(tmp_path: Path) -> None:
-    said = fires("warning", KEY | {"worker": "0"}, "Worker 0 of run r cannot keep up: what it sees is its own doing. Use more workers.")
+    said = fires("warning", KEY | {"worker": "0"}, "Worker 0 of run r is the limit, not the servers: use more workers, or a quieter host.")
     promtool(tmp_path, lags(0.02), {}, alerts=[alert("KilocopyDriverLimited", "2m", [said])])
     promtool(tmp_path, lags(0.001), {}, alerts=[alert("KilocopyDriverLimited", "2m", [])])
     gaps = {"1": 0, "2": 10, "+Inf": 10}  # 1.5 s a token: 35 ms are nothing

@@ -95,12 +95,12 @@ class Driven:
         self.exporter, self._pages, self._steps = Exporter(constant, run.spec), pages, 0
         write_file_sd(run.run_dir / "targets" / "worker0.json", [pages.at], {"job": "kilocopy"})
 
-    def step(self, outcome: str = "ok") -> None:
+    def step(self, outcome: str = "ok", lag_us: int = 100) -> None:
         row: dict[str, Any] = {"stage": 0, "level": 0, "outcome": outcome, "scheduled_ns": 0, "sent_ns": 0, "first_token_ns": 40_000_000,
                                "last_token_ns": 1_210_000_000, "output_tokens": 40, "prompt_tokens": 7, "output_words": 30}  # fmt: skip
         self._steps += 1
         self.exporter.sample(stage=0, level=0, phase="window", copies_asked=4, in_flight=4, sent=20 * self._steps, events=800 * self._steps,
-                             loop_lag_us=[100] * 100, cpu_s=0.5 * self._steps, rss_bytes=2**27)  # fmt: skip
+                             loop_lag_us=[lag_us] * 100, cpu_s=0.5 * self._steps, rss_bytes=2**27)  # fmt: skip
         for _ in range(20):
             self.exporter.finished(row, np.full(39, 30_000, np.uint32))
         self._pages.pages["/metrics"] = self.exporter.page()
@@ -146,6 +146,18 @@ def test_the_terminal_says_what_pages_and_rules_say(tmp_path: Path, pages: Pages
     assert re.search(r"\b0 +4 +25 % +495 µs +400 *$", text, re.MULTILINE), text
     assert "…" not in text  # every heading has its room
     assert max(map(len, shown(screen, 160, 50))) > 100  # the lines grow with the screen
+    driven.exporter.close()
+
+
+def test_a_driver_that_is_the_limit_is_told_whole_on_80_columns(tmp_path: Path, pages: Pages) -> None:
+    run = Ongoing(begun(tmp_path))
+    driven, live = Driven(run, pages), Live(run.run_dir)
+    for step in range(25):
+        driven.step(lag_us=20_000)
+        live.step(1 + 2.0 * step)
+    lines = [line.rstrip() for line in shown(Screen(live, run))]
+    assert "Worker 0 is the limit, not the servers: use more workers, or a quieter host." in lines
+    assert "Of the last minute only 48 s were seen: rates still rise, and prices fall." in lines
     driven.exporter.close()
 
 
