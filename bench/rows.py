@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from kilocopy.manifest import CHECKOUT
+from kilocopy.recompute import summarise
 from kilocopy.records import REQUESTS, Events
 from kilocopy.spec import Spec, load
 
 STAGES, COPIES, TOKENS = 4, 1000, 16
 GAP_S, BATCH_ROWS = 0.02, 20_000
+STARTS_NS = 10**9
 DEMO = CHECKOUT / "loadtests/specs/demo.yaml"
 
 
@@ -38,7 +40,7 @@ def generate(folder: Path, rows: int) -> Path:
     with pa.OSFile(str(folder / "requests/driver-0.arrow"), "wb") as file, pa.ipc.new_stream(
         file, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")
     ) as stream:
-        at_ns = 10**9
+        at_ns = STARTS_NS
         for index in range(STAGES):
             events.write("stage_start", stage=index, time_ns=at_ns, load=None, level=0)
             last_ns = at_ns
@@ -88,6 +90,33 @@ def _batch(stage: int, parts: list[Any]) -> pa.RecordBatch:
         for field in REQUESTS
     ]  # fmt: skip
     return pa.RecordBatch.from_arrays(arrays, schema=REQUESTS)
+
+
+def plainly(folder: Path) -> float:
+    """How far the summary is from a loop over the rows in plain Python: the largest relative difference of tokens, TTFT and gaps."""
+    with pa.OSFile(str(folder / "requests/driver-0.arrow")) as file, pa.ipc.open_stream(file) as stream:
+        rows = stream.read_all().to_pylist()
+    apart = 0.0
+    for stage in summarise(folder).stages:
+        window, through, latency = stage.window, stage.throughput, stage.latency
+        if window is None or through is None or latency is None or latency.ttft_s is None or latency.icl_s is None:
+            raise RuntimeError(f"{stage.title}: no window or no latency, so nothing is checked")
+        tokens, ttfts_s, gaps_s = 0.0, [], []
+        for row in rows:
+            if row["stage"] != stage.index:
+                continue
+            sent_s, at_s, finished_s = ((row[name] - STARTS_NS) / 1e9 for name in ("sent_ns", "first_token_ns", "finished_ns"))
+            inside = sent_s >= window.start_s and finished_s <= window.end_s
+            ttfts_s += [at_s - sent_s] if inside else []
+            for gap_us in (None, *row["gaps_us"]):
+                at_s += (gap_us or 0) / 1e6
+                gaps_s += [gap_us / 1e6] if inside and gap_us is not None else []
+                tokens += row["output_tokens"] / row["chunks"] if window.start_s <= at_s < window.end_s else 0
+        pairs = [(tokens, through.output_tokens), (len(ttfts_s), stage.requests.in_window_ok)]
+        for values, told in ((ttfts_s, latency.ttft_s), (gaps_s, latency.icl_s)):
+            pairs += list(zip(np.percentile(values, [50, 90, 99]), (told.p50, told.p90, told.p99), strict=True))
+        apart = max(apart, *(abs(plain / fast - 1) for plain, fast in pairs))
+    return float(apart)
 
 
 MEASURED = """

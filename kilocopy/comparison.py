@@ -195,7 +195,8 @@ def _swapped(said: str) -> str:
 def _system(run: Finished) -> dict[str, Any]:
     told, host = run.summary.run.get("versions") or {}, run.summary.run.get("hardware") or {}
     versions = {f"{name}'s version": told[name] for name in ENGINE if name in told}
-    return versions | {f"host's {key}": host[key] for key in ("cpu", "cores") if key in host}
+    gpus = sorted(str(gpu.get("name") if isinstance(gpu, dict) else gpu) for gpu in host.get("gpus") or [])
+    return versions | {f"host's {key}": host[key] for key in ("cpu", "cores") if key in host} | ({"host's GPUs": ", ".join(gpus)} if gpus else {})
 
 
 def _not_alike(metric: Metric, one: Stage, other: Stage) -> str:

@@ -30,6 +30,7 @@ _COURSES: tuple[tuple[int, str, str, dict[str, Any]], ...] = (  # panel, field o
 
 
 CHANGING = {"ramp", "steps", "trace"}  # their means are of many loads: no point on an axis of load
+TICKS_MIN, TICKS_MAX = 3, 9  # that a log axis names among its values, where they lie close together
 CURVES_NAMED = 8  # more names than that would take the place of the plot
 SAID = {"held": "#3d9a5f", "missed": RED, "unclear": ORANGE, "unsound": GREY}
 
@@ -566,11 +567,16 @@ def load_axis(loads: list[float], ticks: list[float]) -> dict[str, Any]:
 
 
 def log_ticks(values: list[float], write: Callable[[float | None], str] = number) -> dict[str, Any]:
-    """A log axis labelled at 1, 2 and 5 of each decade that the values touch; at 1 alone where they span many."""
+    """A log axis labelled at 1, 2 and 5 of each decade that the values touch; at 1 alone where they span many, and closer where fewer than three would lie among them."""
     known = [value for value in values if value > 0] or [1.0]
     first, last = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     steps = (1, 2, 5) if math.log10(max(known) / min(known)) < 2.5 else (1,)
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    if sum(min(known) <= tick <= max(known) for tick in ticks) < TICKS_MIN and len(set(known)) > 1:
+        each = 10.0 ** math.floor(math.log10((max(known) - min(known)) / 2))
+        each = max(each, 1.0) if all(value % 1 == 0 for value in known) else each  # there is no half a replica
+        ticks = [place * each for place in range(math.floor(min(known) / each), math.ceil(max(known) / each) + 1) if place]
+        ticks = ticks[:: math.ceil(len(ticks) / TICKS_MAX)]
     return {"type": "log", "tickvals": ticks, "ticktext": [_trimmed(write(tick)) for tick in ticks]}
 
 
@@ -584,7 +590,8 @@ def _power(power: int) -> str:
 
 def _trimmed(label: str) -> str:
     """A tick's label without digits that say nothing: 0.100 is 0.1."""
-    return label.rstrip("0").rstrip(".") if "." in label and "e" not in label and " " not in label else label
+    figure, space, word = label.partition(" ")
+    return figure.rstrip("0").rstrip(".") + space + word if "." in figure and "e" not in figure else label
 
 
 def dressed(plot: go.Figure, top: int = 44) -> go.Figure:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kilocopy import best_of_n, frontier, k_shot, measure, price, replicas, search, usl
 from kilocopy.played import Beside, Played, notes_of
+from kilocopy.recording import Floats
+from kilocopy.report import interval, number
 from kilocopy.spec import BestOfNExperiment, CpuReplica, FrontierExperiment, KShotExperiment, ScalingExperiment, Slo, Spec
 from kilocopy.summary import (
     Estimate,
@@ -45,7 +47,8 @@ def _frontier(spec: Spec, played: Sequence[Played], beside: Beside) -> FrontierF
     points = [_point(one) for one in counted]
     training = price.training_of(spec, beside.training)
     gpus = training.gpus if training else None
-    speeds = [_speed_limit(spec, speed, ordered, gpus) for speed in asked.speeds_tokens_per_s]
+    seen = [_speeds(spec, one, asked.speeds_tokens_per_s) for one in ordered]
+    speeds = [_speed_limit(spec, speed, ordered, seen, gpus) for speed in asked.speeds_tokens_per_s]
     knee = frontier.knee(points)
     marginals = [_marginal(below, above) for below, above in itertools.pairwise(counted)]
     notes = notes_of(played, len(asked.levels))
@@ -58,7 +61,7 @@ def _frontier(spec: Spec, played: Sequence[Played], beside: Beside) -> FrontierF
         sentence=_frontier_sentence(spec, best, knee.sentence, speeds, marginals),
         notes=notes,
         quantile=spec.slo.quantile,
-        levels=[_frontier_level(spec, one) for one in ordered],
+        levels=[_frontier_level(one, speeds_.held) for one, speeds_ in zip(ordered, seen, strict=True)],
         marginals=marginals,
         knee=knee,
         speeds=speeds,
@@ -71,7 +74,7 @@ def _point(one: Played) -> frontier.Point:
     return frontier.Point(one.stage.copies.asked or 0, one.stage.throughput.output_tokens_per_s)
 
 
-def _frontier_level(spec: Spec, one: Played) -> FrontierLevel:
+def _frontier_level(one: Played, speed: Estimate | None) -> FrontierLevel:
     stage, cost = one.stage, one.stage.cost
     kv = replicas.gauge(one.recorded.server, "kv_cache_usage_perc", *one.window_s) if stage.window else None
     trusted = one.counts
@@ -86,23 +89,38 @@ def _frontier_level(spec: Spec, one: Played) -> FrontierLevel:
         energy_source=cost.energy_source if cost else "not_measured",
         kv_cache_fraction=kv.mean if kv else None,
         kv_cache_fraction_max=kv.most if kv else None,
-        speed=_speed(spec, one),
+        speed=speed,
     )
 
 
-def _speed(spec: Spec, one: Played) -> Any:
-    """The speed that the SLO's quantile of a level's streams held; None where its clock is not to be trusted."""
+@dataclass(frozen=True)
+class _Speeds:
+    """A level's streams by their speed: what the SLO's quantile held, the part that counts as independent, and (judged, attained) at each speed asked for."""
+
+    held: Estimate | None = None
+    independent: float = 1.0
+    attained: Mapping[float, tuple[int, int]] = field(default_factory=dict)
+
+
+def _speeds(spec: Spec, one: Played, asked: Sequence[float]) -> _Speeds:
+    """Of one level, whose records are read once; nothing where its clock is not to be trusted."""
     if one.stage.verdict.level != "valid" or one.stage.window is None:
-        return None
+        return _Speeds()
     found = measure.effective_speeds(one.spec, one.recorded, one.span, spec.slo)
-    speed = frontier.speed_held(found, spec.slo.quantile)
-    return speed if speed is not None and speed.value < float("inf") else None
+    part = frontier.independent(found, spec.slo.quantile)
+    held = frontier.speed_held(found, spec.slo.quantile, part)
+    at = {speed: measure.held_speed(one.spec, one.recorded, one.span, _at(spec.slo, speed)) for speed in asked}
+    return _Speeds(held if held is not None and held.value < float("inf") else None, part, at)
 
 
-def _speed_limit(spec: Spec, speed: float, ordered: Sequence[Played], gpus: float | None) -> SpeedLimit:
-    slo = spec.slo.model_copy(update={"tokens_per_s_per_copy": speed})
-    answer = frontier.held([_judged(one, slo) for one in ordered], slo)
-    known = [(one.stage.copies.asked or 0, held) for one in ordered if (held := _speed(spec, one)) is not None]
+def _at(slo: Slo, speed: float) -> Slo:
+    return slo.model_copy(update={"tokens_per_s_per_copy": speed})
+
+
+def _speed_limit(spec: Spec, speed: float, ordered: Sequence[Played], seen: Sequence[_Speeds], gpus: float | None) -> SpeedLimit:
+    slo = _at(spec.slo, speed)
+    answer = frontier.held([_judged(one, speeds, speed) for one, speeds in zip(ordered, seen, strict=True)], slo)
+    known = [(one.stage.copies.asked or 0, speeds.held) for one, speeds in zip(ordered, seen, strict=True) if speeds.held is not None]
     crossing = frontier.crossing([copies for copies, _ in known], [held for _, held in known], speed) if known else None
     cluster = gpus / spec.cluster.devices * answer.held if gpus and answer.held and price.on_gpus(spec) else None
     return SpeedLimit(
@@ -116,21 +134,23 @@ def _speed_limit(spec: Spec, speed: float, ordered: Sequence[Played], gpus: floa
     )
 
 
-def _judged(one: Played, slo: Slo) -> search.Level:
+def _judged(one: Played, speeds: _Speeds, speed: float) -> search.Level:
     """A level as a search would judge it at this speed."""
     stage = one.stage
     valid = stage.verdict.level == "valid" and stage.window is not None
-    judged, attained = measure.held_speed(one.spec, one.recorded, one.span, slo) if valid else (0, 0)
+    judged, attained = speeds.attained.get(speed, (0, 0))
     errors = any(reason.code == "too-many-errors" for reason in stage.verdict.reasons) and not stage.driver.limited
-    return search.Level(float(stage.copies.asked or 0), judged, attained, stage.copies.error_fraction or 0.0, valid or errors)
+    return search.Level(float(stage.copies.asked or 0), judged, attained, stage.copies.error_fraction or 0.0, valid or errors, speeds.independent)
 
 
-def _limit_sentence(slo: Slo, answer: frontier.Held, tried: Sequence[int], crossing: Any) -> str:
+def _limit_sentence(slo: Slo, answer: frontier.Held, tried: Sequence[int], crossing: Estimate | None) -> str:
     speed = f"{slo.tokens_per_s_per_copy:g} tokens/s"
     if answer.held is None:
         why = "the smallest level cannot be judged" if answer.unjudged else f"already {min(tried)} missed it"
         return f"{speed}: no level held it; {why}."
     parts = [f"{answer.held:,} {'copy' if answer.held == 1 else 'copies'} held it"]
+    if answer.clearly_held != answer.held:
+        parts.append(f"{answer.clearly_held:,} clearly did" if answer.clearly_held is not None else "none clearly did")
     if answer.clearly_missed is not None:
         parts.append(f"{answer.clearly_missed:,} clearly missed")
     elif answer.unjudged:
@@ -138,8 +158,8 @@ def _limit_sentence(slo: Slo, answer: frontier.Held, tried: Sequence[int], cross
     elif answer.held == max(tried):
         parts.append("the largest that was tried, so the true number may be larger")
     if crossing is not None:
-        ends = f" [{crossing.low:,.0f} – {crossing.high:,.0f}]" if crossing.low is not None and crossing.high is not None else ""
-        parts.append(f"between levels the curve falls below it at {crossing.value:,.0f}{ends}")
+        ends = interval(crossing.low, crossing.high) or "(neither end lies inside the sweep)"
+        parts.append(f"between levels the curve falls below it at {number(crossing.value)} {ends}")
     return f"{speed}: {'; '.join(parts)}."
 
 
@@ -148,37 +168,56 @@ def _marginal(below: Played, above: Played) -> Marginal:
     gain, more = frontier.gain(lower, upper), upper.copies - lower.copies
     average = lower.rate.value / lower.copies
     lost = (average - upper.rate.value / upper.copies) * lower.copies / more
+    wh = _wh_per_further_page(below, above)
     return Marginal(
         from_copies=lower.copies,
         to_copies=upper.copies,
         gain_tokens_per_s=gain,
         share_of_a_copy=gain.value / average,
         others_lose_tokens_per_s=lost,
-        wh_per_page=_per_further_page(below, above, "facility_j", 3600),
-        usd_per_page=_usd_per_further_page(below, above),
+        wh_per_page=wh,
+        usd_per_page=_usd_per_further_page(below, above, wh),
     )
 
 
-def _per_further_page(below: Played, above: Played, field: str, unit: float) -> float | None:
-    """(rate above - rate below) / (pages/s above - pages/s below); null where energy is not measured or no page was gained."""
-    rates = []
-    for one in (below, above):
-        cost, through, window = one.stage.cost, one.stage.throughput, one.stage.window
-        if cost is None or through is None or window is None or not through.pages or cost.energy_source != "measured":
-            return None
-        total = getattr(cost, field)
-        rates.append((total.mid / window.duration_s / unit, through.pages / window.duration_s))
-    pages = rates[1][1] - rates[0][1]
-    return (rates[1][0] - rates[0][0]) / pages if pages > 0 else None
+def _wh_per_further_page(below: Played, above: Played) -> Estimate | None:
+    """Joules that came with the further copies over the pages that did; None where energy is not measured or no page was gained."""
+    rates = [_energy_and_pages(one) for one in (below, above)]
+    if rates[0] is None or rates[1] is None:
+        return None
+    found = frontier.per_further(rates[0], rates[1])
+    if found is None:
+        return None
+    fine = all(one.stage.window is not None and one.stage.window.duration_s >= price.ENERGY_WINDOW_S_MIN for one in (below, above))
+    return _times(found if fine else Estimate(value=found.value), 1 / 3600)
 
 
-def _usd_per_further_page(below: Played, above: Played) -> float | None:
+def _energy_and_pages(one: Played) -> tuple[Floats, Floats] | None:
+    """The facility's joules/s and pages/s in equal parts of a level's window, the assumed inputs at their middle; None where energy is not measured."""
+    cost, through, window = one.stage.cost, one.stage.throughput, one.stage.window
+    if cost is None or through is None or window is None or not through.pages or cost.energy_source != "measured" or cost.facility_j is None:
+        return None
+    start_s, end_s = one.window_s
+    inside = window.model_copy(update={"start_s": start_s, "end_s": end_s})
+    joules = price.metered_blocks(one.recorded.energy, inside)
+    tokens = measure.block_tokens(one.recorded, one.span, inside, price.BLOCKS)
+    if joules is None or not joules.sum() or not tokens.sum():
+        return None
+    part_s = window.duration_s / price.BLOCKS
+    return joules * cost.facility_j.mid / joules.sum() / part_s, tokens * through.pages / tokens.sum() / part_s
+
+
+def _usd_per_further_page(below: Played, above: Played, wh: Estimate | None) -> Estimate | None:
     """Electricity of the further pages, for owned hardware whose energy is measured. Hardware costs the same with or without them."""
     costs = [one.stage.cost for one in (below, above)]
-    if any(cost is None or cost.hardware_kind != "owned" for cost in costs):
+    if wh is None or any(cost is None or cost.hardware_kind != "owned" for cost in costs):
         return None
-    wh = _per_further_page(below, above, "facility_j", 3600)
-    return None if wh is None else wh / 1000 * above.spec.prices.electricity_usd_per_kwh.value
+    return _times(wh, above.spec.prices.electricity_usd_per_kwh.value / 1000)
+
+
+def _times(found: Estimate, factor: float) -> Estimate:
+    low, high = (None if end is None else factor * end for end in (found.low, found.high))
+    return Estimate(value=factor * found.value, low=low, high=high)
 
 
 def _frontier_sentence(spec: Spec, best: Played | None, knee: str, speeds: Sequence[SpeedLimit], marginals: Sequence[Marginal]) -> str:
@@ -192,7 +231,8 @@ def _frontier_sentence(spec: Spec, best: Played | None, knee: str, speeds: Seque
     parts.append(knee[0].lower() + knee.split(":", 1)[0][1:] if knee.startswith("The knee") else knee[0].lower() + knee[1:].rstrip("."))
     held = [limit for limit in speeds if limit.held is not None]
     if held:
-        parts.append("held for " + ", ".join(f"{limit.held:,} at {limit.tokens_per_s:g} tokens/s" for limit in held))
+        told = ", ".join(f"{limit.held:,} {_enclosed(limit)} at {limit.tokens_per_s:g} tokens/s" for limit in held)
+        parts.append(f"held for {told} (in brackets: copies that clearly held – that clearly missed)")
     if marginals:
         last = marginals[-1]
         more = last.gain_tokens_per_s
@@ -201,6 +241,12 @@ def _frontier_sentence(spec: Spec, best: Played | None, knee: str, speeds: Seque
             f"from {last.from_copies:,} to {last.to_copies:,} each further copy adds {more.value:.3g} tokens/s{ends}, {100 * last.share_of_a_copy:.0f} % of a copy's share"
         )
     return "; ".join(parts) + "."
+
+
+def _enclosed(limit: SpeedLimit) -> str:
+    """What encloses N_SLO, in levels that were played."""
+    least = limit.clearly_held or 0
+    return f"[{least:,} or more]" if limit.clearly_missed is None else f"[{least:,} – {limit.clearly_missed:,}]"
 
 
 # ------------------------------------------------------------------------------------------------------------------- scaling
@@ -271,17 +317,14 @@ def _loss(mine: Sequence[Played], alone: Sequence[Played]) -> Loss | None:
     many, one = ([found for each in side if (found := _shares(each)) is not None] for side in (mine, alone))
     if not many or not one:
         return None
-    driver, proxy, queue, engine = (math.exp(_mean_log(many, i) - _mean_log(one, i)) for i in range(4))
-    spread = [found[4] for found in many]
-    return Loss(driver=driver, proxy=proxy, queue=queue, engine=engine, imbalance=sum(spread) / len(spread))
-
-
-def _mean_log(shares: Sequence[tuple[float, ...]], part: int) -> float:
-    return sum(math.log(one[part]) for one in shares) / len(shares)
+    driver, proxy, queue, engine = (usl.over([each[part] for each in many], [each[part] for each in one]) for part in range(4))
+    busiest, even = (sum(each[part] for each in many) / len(many) for part in (4, 5))
+    router = min(1.0, max(even, queue.value * engine.value))  # it can have cost no more than was lost there
+    return Loss(driver=driver, proxy=proxy, queue=queue, engine=engine, imbalance=busiest, router=router)
 
 
 def _shares(one: Played) -> tuple[float, ...] | None:
-    """The four parts of tokens/s for each copy asked, and the busiest replica's running sequences over the mean; None where gauges are missing."""
+    """The four parts of tokens/s for each copy asked, the busiest replica's running sequences over the mean, and how even the replicas were; None without gauges."""
     start_s, end_s = one.window_s
     server, asked, in_flight = one.recorded.server, one.stage.copies.asked or 0, one.stage.copies.n_run_client or 0.0
     running = replicas.gauge(server, "num_requests_running", start_s, end_s)
@@ -290,7 +333,8 @@ def _shares(one: Played) -> tuple[float, ...] | None:
         return None
     held = running.total + (waiting.total if waiting else 0.0)
     busiest = max(running.means.values()) / (running.total / one.spec.cluster.replicas)
-    return in_flight / asked, held / in_flight, running.total / held, _rate(one) / running.total, busiest
+    even = replicas.evenness(server, ("num_requests_running", "num_requests_waiting"), one.spec.cluster.replicas, start_s, end_s)
+    return in_flight / asked, held / in_flight, running.total / held, _rate(one) / running.total, busiest, even
 
 
 def _scaling_sentence(levels: Sequence[ScalingLevel], fit: usl.Fit | None, sharing: str | None) -> str:
@@ -319,21 +363,33 @@ def _told(value: Estimate, form: str) -> str:
 
 
 def _loss_words(loss: Loss) -> str:
-    """Where the most of it goes."""
+    """Where the most of it goes, as far as the servings tell it from nothing; the router's part is a bound, and said as one."""
     named = {"driver (copies that it did not keep in flight)": loss.driver, "proxy and network (copies in flight outside the engines)": loss.proxy,
              "waiting in the engines' queues": loss.queue, "engines (speed of a running sequence)": loss.engine}  # fmt: skip
-    where, factor = min(named.items(), key=lambda item: item[1])
-    return f"most of the loss is in the {where}: x {factor:.3g}" if factor < 1 else "no part of the way lost anything"
+    where, part = min(named.items(), key=lambda item: item[1].value)
+    if part.value >= 1:
+        return "no part of the way lost anything"
+    if part.high is not None and part.high >= 1:
+        return f"no part of the way lost more than the servings differ by (the most in the {where}: x {_told(part, '.3g')})"
+    inside = loss.queue.value * loss.engine.value
+    if part in (loss.queue, loss.engine) and loss.router is not None and loss.router <= math.sqrt(inside):
+        return (
+            f"most of the loss may be the router's uneven dealing: it can have cost up to x {loss.router:.3g} of the x {inside:.3g} that was lost "
+            f"in the engines and their queues (the busiest replica ran {loss.imbalance:.3g} times the mean)"
+        )
+    return f"most of the loss is in the {where}: x {_told(part, '.3g')}"
 
 
 def _law_words(fit: usl.Fit, most: int) -> str:
     """The law in words; `most`: the most replicas that were measured, beyond which its maximum is extrapolated."""
     if fit.law == "linear":
-        untold = "" if fit.levels >= usl.LEVELS_USL else f"; {fit.levels} levels carry no coherency, which was not looked for"
-        return f"scaling is linear as far as the repeats can tell: contention's interval includes 0{untold}"
+        kappa = f", coherency (kappa) is at most {fit.kappa.high:.2g}" if fit.kappa.high is not None else f"; {fit.levels} levels carry no coherency, which was not looked for"
+        return f"scaling is linear as far as the repeats can tell: contention's interval includes 0 (sigma is at most {fit.sigma.high:.2g}){kappa}"
     sigma = f"contention (sigma) {_told(fit.sigma, '.3g')}"
     if fit.law == "amdahl":
-        why = "coherency's interval includes 0, so there is no maximum to tell" if fit.levels >= usl.LEVELS_USL else f"{fit.levels} levels carry no coherency"
+        why = f"{fit.levels} levels carry no coherency"
+        if fit.kappa.high is not None:
+            why = f"coherency's interval includes 0, so there is no maximum to tell (kappa is at most {fit.kappa.high:.2g})"
         return f"Amdahl's law with {sigma}; {why}"
     beyond = f" (extrapolated: {most} were measured)" if fit.peak and (fit.peak.high or fit.peak.value) > most else ""
     peak = f", the most at {_told(fit.peak, ',.0f')} replicas{beyond}" if fit.peak else ""

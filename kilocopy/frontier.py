@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
-from scipy.special import bdtr
+from scipy.special import bdtr, stdtrit
 
 from kilocopy import search
+from kilocopy.ratios import BATCHES
 from kilocopy.recording import Floats
 from kilocopy.spec import Slo
 from kilocopy.summary import Estimate, Knee
@@ -28,6 +29,7 @@ Z_95 = 1.959963984540054
 LEVELS_MIN = 4  # for a knee: two on each side of it, or its place is the levels' and not the data's
 REDRAWS = 1000
 GRID = 400
+SAME = 1e-4  # speeds no further apart, relative, are one: times are whole microseconds, and how they are rounded is no slow moment
 
 
 @dataclass(frozen=True)
@@ -121,44 +123,102 @@ def gain(lower: Point, upper: Point) -> Estimate:
     return Estimate(value=value, low=value - half, high=value + half)
 
 
-def speed_held(speeds: Floats, quantile: float) -> Estimate | None:
+def per_further(below: tuple[Floats, Floats], above: tuple[Floats, Floats]) -> Estimate | None:
+    """What comes with the further copies over the further pages, (joules/s above - below) / (pages/s above - below); each level as both of equal parts of its window.
+
+    Fieller's interval of a ratio (Biometrika 41, 1954), 95 %; none where the gain in pages is not clear of 0, and no figure where there is no gain.
+    """
+    over, under = (float(above[i].mean() - below[i].mean()) for i in (0, 1))
+    if under <= 0:
+        return None
+    errors = np.cov(below) / len(below[0]) + np.cov(above) / len(above[0])
+    square = float(stdtrit(min(len(below[0]), len(above[0])) - 1, 0.975)) ** 2
+    a, b, c = under**2 - square * errors[1, 1], over * under - square * errors[0, 1], over**2 - square * errors[0, 0]
+    if a <= 0:
+        return Estimate(value=over / under)
+    half = math.sqrt(max(b * b - a * c, 0.0))
+    return Estimate(value=over / under, low=(b - half) / a, high=(b + half) / a)
+
+
+def independent(speeds: Floats, quantile: float) -> float:
+    """The part of a level's streams that counts as independent, from how far twentieths of them, in the order of their begin, differ in what misses the quantile.
+
+    Streams that share a batch are alike: two hundred that were slow together are few observations of how often it is slow. This is the
+    design effect of a cluster sample (Kish, Survey Sampling, 1965), never above 1, and 1 where there are too few streams to tell.
+    """
+    if len(speeds) < 2 * BATCHES:
+        return 1.0
+    below = speeds <= (1 + SAME) * np.quantile(speeds, 1 - quantile, method="inverted_cdf")
+    alone = float(below.mean() * (1 - below.mean())) / len(speeds)
+    if alone == 0:
+        return 1.0
+    clustered = float(np.var([part.mean() for part in np.array_split(below, BATCHES)], ddof=1)) / BATCHES
+    return 1 / max(1.0, clustered / alone * (float(stdtrit(BATCHES - 1, 0.975)) / Z_95) ** 2)
+
+
+def speed_held(speeds: Floats, quantile: float, part: float = 1.0) -> Estimate | None:
     """The speed that `quantile` of the streams hold at least, with a distribution-free 95 % interval by order statistics.
 
-    speeds: tokens/s of each stream, 0 for one that missed the TTFT. Source: David and Nagaraja, Order Statistics, 2003, section 7.1.
-    Streams that share a batch are alike, so the interval is rather too narrow than too wide.
+    speeds: tokens/s of each stream, 0 for one that missed the TTFT; `part`: of them that counts as independent. The low end is 0 where the streams
+    are too few for one. Source: David and Nagaraja, Order Statistics, 2003, section 7.1.
     """
     if not len(speeds):
         return None
-    ordered, share = np.sort(speeds), 1 - quantile
-    low, high = np.searchsorted(bdtr(np.arange(len(ordered) + 1), len(ordered), share), [0.025, 0.975])
+    ordered, share, count = np.sort(speeds), 1 - quantile, max(1, int(len(speeds) * part))
     value = float(np.quantile(ordered, share, method="inverted_cdf"))
-    ends = float(ordered[max(low - 1, 0)]), float(ordered[min(high, len(ordered) - 1)])
+    low, high = np.searchsorted(bdtr(np.arange(count + 1), count, share), [0.025, 0.975])
+    first, last = math.floor(low / count * len(ordered)), math.ceil((high + 1) / count * len(ordered))
+    ends = (float(ordered[first - 1]) if first else 0.0), float(ordered[min(last, len(ordered)) - 1])
     return Estimate(value=value, low=min(ends[0], value), high=max(ends[1], value))
 
 
 def crossing(copies: Sequence[int], speeds: Sequence[Estimate], asked: float) -> Estimate | None:
-    """The copies at which the curve of `speed_held` falls through a speed, interpolated log-log; its interval from the curves' ends.
+    """The copies at which the curve of `speed_held` falls through a speed: between levels a monotone cubic, log-log (PCHIP).
 
-    None where the curve is below from the first level on, or above to the last.
+    None where the curve is below from the first level on, or above to the last. The interval has the curve's error at the levels and that of not knowing it
+    between them: copies slow each other down ever faster, so that log-log the curve lies above its chords and below its neighbouring chords' extensions. It is
+    from where the chords of the levels' low ends cross to where the extensions of their high ends do; an end outside the sweep is None.
     """
-    value = _falls_through(copies, [speed.value for speed in speeds], asked)
+    x = np.log(np.array(copies, dtype=np.float64))
+    curves = [np.log(np.clip([_end(speed, end) for speed in speeds], asked / 1e3, asked * 1e3)) - math.log(asked) for end in ("low", "value", "high")]
+    grid = np.linspace(x[0], x[-1], GRID * len(x))
+    value = _falls(grid, PchipInterpolator(x, curves[1])(grid)) if len(x) > 1 else None
     if value is None:
         return None
-    low = _falls_through(copies, [speed.low if speed.low is not None else speed.value for speed in speeds], asked)
-    high = _falls_through(copies, [speed.high if speed.high is not None else speed.value for speed in speeds], asked)
-    return Estimate(value=value, low=low, high=high)
+    low = _falls(grid, np.interp(grid, x, curves[0]))
+    high = _falls(grid, _above(x, curves[2], grid))
+    return Estimate(
+        value=math.exp(value),
+        low=None if low is None else math.exp(min(low, value)),
+        high=None if high is None else math.exp(max(high, value)),
+    )
 
 
-def _falls_through(copies: Sequence[int], speeds: Sequence[float], asked: float) -> float | None:
-    floored = [min(max(speed, asked / 1e3), asked * 1e3) for speed in speeds]  # a stream without a TTFT has the speed 0
-    if floored[0] < asked:
+def _end(speed: Estimate, end: str) -> float:
+    known = getattr(speed, end)
+    return speed.value if known is None else float(known)
+
+
+def _above(x: Floats, y: Floats, at: Floats) -> Floats:
+    """The most that a falling, concave curve through these points can be: the least of the neighbouring chords' extensions and the level before."""
+    y = np.maximum.accumulate(y[::-1])[::-1]  # a level that lies below a later one is taken to lie as high
+    found, slopes = np.interp(at, x, y), np.diff(y) / np.diff(x)
+    for i in range(len(x) - 1):
+        mine = (at > x[i]) & (at < x[i + 1])
+        bounds = [np.full(int(mine.sum()), y[i])]
+        bounds += [y[i] + slopes[i - 1] * (at[mine] - x[i])] if i else []
+        bounds += [y[i + 1] + slopes[i + 1] * (at[mine] - x[i + 1])] if i + 1 < len(slopes) else []
+        found[mine] = np.maximum(np.min(bounds, axis=0), np.interp(at[mine], x, y))
+    return np.asarray(found, dtype=np.float64)
+
+
+def _falls(at: Floats, above: Floats) -> float | None:
+    """Where a curve first falls below 0; None where it is there from the beginning, or never is."""
+    below = np.flatnonzero(above < 0)
+    if not len(below) or not below[0]:
         return None
-    for i in range(1, len(floored)):
-        if floored[i] < asked:
-            a, b = math.log(copies[i - 1]), math.log(copies[i])
-            part = math.log(floored[i - 1] / asked) / math.log(floored[i - 1] / floored[i])
-            return math.exp(a + (b - a) * part)
-    return None
+    i = int(below[0])
+    return float(at[i - 1] + (at[i] - at[i - 1]) * above[i - 1] / (above[i - 1] - above[i]))
 
 
 @dataclass(frozen=True)

@@ -196,11 +196,12 @@ def held_speed(spec: Spec, recording: Recording, span: Span, slo: Slo) -> tuple[
 
 
 def effective_speeds(spec: Spec, recording: Recording, span: Span, slo: Slo) -> Floats:
-    """Tokens/s of each judged stream of a level, (tokens - 1) / (last - first); 0 where it missed the TTFT, infinite with one token."""
+    """Tokens/s of each judged stream of a level in the order of their begin, (tokens - 1) / (last - first); 0 where it missed the TTFT, infinite with one token."""
     counted, asked = _window_streams(spec, recording, span)
     steps, took_s = steps_of(counted, spec.workload.samples), counted.last_s - counted.first_s
     speeds = np.divide(steps, took_s, out=np.full(len(steps), np.inf), where=(steps > 0) & (took_s > 0))
-    return np.asarray(np.where(counted.first_s - begun_s(counted, asked) <= slo.ttft_s, speeds, 0.0), dtype=np.float64)
+    held = np.where(counted.first_s - begun_s(counted, asked) <= slo.ttft_s, speeds, 0.0)
+    return np.asarray(held[np.argsort(begun_s(counted, asked), kind="stable")], dtype=np.float64)
 
 
 def _words_per_token(streams: Streams, window: summary.Window) -> float | None:

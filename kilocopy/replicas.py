@@ -17,6 +17,8 @@ from kilocopy.identity import rise
 from kilocopy.metrics import GAUGES
 from kilocopy.recording import Floats, Samples
 
+MOMENTS = 400  # of a window at which replicas are held against each other
+
 
 @dataclass(frozen=True)
 class Use:
@@ -77,13 +79,35 @@ def gauge(server: Samples, name: str, start_s: float, end_s: float) -> Use | Non
         return None
     who, means, most = names(server), {}, 0.0
     for replica in sorted(set(who[mine & inside])):
-        own = mine & (who == replica)
-        scrapes_s = np.unique(server.time_s[np.isin(server.target, list(set(server.target[own])))])
-        values = np.zeros(len(scrapes_s))
-        np.add.at(values, np.searchsorted(scrapes_s, server.time_s[own]), server.value[own])
+        scrapes_s, values = _course(server, mine & (who == replica))
         means[str(replica)] = _mean(scrapes_s, values, start_s, end_s)
         most = max(most, float(values[(scrapes_s >= start_s) & (scrapes_s <= end_s)].max(initial=0.0)))
     return Use(means, most)
+
+
+def _course(server: Samples, own: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """One replica's gauge at each scrape of its target."""
+    scrapes_s = np.unique(server.time_s[np.isin(server.target, list(set(server.target[own])))])
+    values = np.zeros(len(scrapes_s))
+    np.add.at(values, np.searchsorted(scrapes_s, server.time_s[own]), server.value[own])
+    return scrapes_s, values
+
+
+def evenness(server: Samples, names_: Sequence[str], replicas: int, start_s: float, end_s: float) -> float:
+    """Of what a replica holds (the sum of these gauges), the part that is not above the mean of all at that moment; 1 where it is even.
+
+    Throughput that grows ever slower with what a replica holds loses no more than this by uneven dealing: up to the mean a replica makes at least
+    in proportion, above it at least as much as at the mean. Moment by moment, since a router that deals badly now here and now there is even in the mean.
+    """
+    who, at_s = names(server), np.linspace(start_s, end_s, MOMENTS)
+    held: dict[str, Floats] = {}
+    for name in names_:
+        mine = server.name == name
+        for replica in sorted(set(who[mine & (server.time_s >= start_s) & (server.time_s <= end_s)])):
+            held[replica] = held.get(replica, np.zeros(MOMENTS)) + np.interp(at_s, *_course(server, mine & (who == replica)))
+    total = np.asarray(sum(held.values(), np.zeros(MOMENTS)))
+    level = np.asarray(sum((np.minimum(one, total / replicas) for one in held.values()), np.zeros(MOMENTS)))
+    return float(level.sum() / total.sum()) if total.sum() > 0 else 1.0
 
 
 def _mean(times_s: Floats, values: Floats, start_s: float, end_s: float) -> float:

@@ -78,8 +78,10 @@ def seconds(*values: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, write: Callable[[float | None], str] = number) -> str:
-    """`[low – high]`, or nothing where there is none."""
-    return f"[{write(low)} – {write(high)}]" if low is not None and high is not None else ""
+    """`[low – high]`, or nothing where there is none; one end alone says that the other lies open."""
+    if low is None and high is None:
+        return ""
+    return f"[up to {write(high)}]" if low is None else f"[{write(low)} or more]" if high is None else f"[{write(low)} – {write(high)}]"
 
 
 def estimate(value: Estimate) -> tuple[str, str]:
@@ -482,15 +484,19 @@ def corpus_lines(summary: Summary) -> Iterator[str]:
     """What the model would need to write its own training corpus, and what a page costs over its life."""
     told = summary.corpus
     assert told is not None  # noqa: S101  # the caller looked
-    each = f"{number(told.output_tokens_per_day_per_device)} tokens a day for each device, as generated: whether they are worth training on is another question."
-    yield each
+    rate = next((s.throughput.output_tokens_per_s for s in summary.stages if (s.index, s.level) == (told.stage, told.level) and s.throughput), None)
+    slow, fast = (end / rate.value if rate and end and rate.value else None for end in ((rate.low, rate.high) if rate else (None, None)))
+    each = told.output_tokens_per_day_per_device
+    ends = interval(slow and slow * each, fast and fast * each)
+    yield f"{number(each)} {ends} tokens a day for each device, as generated: whether they are worth training on is another question.".replace("  ", " ")
     if told.training_tokens is not None and told.days_one_device is not None:
-        days = f"{number(told.days_one_device)} days on one device, {number(told.days_serving)} on the {told.devices:g} that served"
+        ends = interval(fast and told.days_one_device / fast, slow and told.days_one_device / slow)
+        days = f"{number(told.days_one_device)} {ends}".rstrip() + f" days on one device, {number(told.days_serving)} on the {told.devices:g} that served"
         days += f", {number(told.days_training_cluster)} on as many as trained it" if told.days_training_cluster is not None else ""
         yield f"Its own training corpus, {number(told.training_tokens)} tokens: {days}."
     if told.copies_on_training_cluster is not None:
         yield (
-            f"The {number(told.training_gpus)} GPUs that trained it would run {number(told.copies_on_training_cluster)} copies, "
+            f"The {told.training_gpus or 0:,.0f} GPUs that trained it would run {number(told.copies_on_training_cluster)} copies, "
             "if each held as many as a GPU that served."
         )
     if told.break_even_pages is not None:

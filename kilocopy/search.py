@@ -27,6 +27,7 @@ class Level:
     """One load as it was tried: how many ok streams were judged, how many attained the SLO, and what share of requests failed.
 
     `sound` is False where the driver, and not the server, decided what was seen: such a level says nothing about the server.
+    `independent`: the part of the streams that counts for an interval, where it is known how alike streams of one moment are.
     """
 
     load: float
@@ -34,9 +35,10 @@ class Level:
     attained: int
     error_fraction: float = 0.0
     sound: bool = True
+    independent: float = 1.0
 
 
-def wilson(attained: int, judged: int, z: float = Z_95) -> tuple[float, float]:
+def wilson(attained: float, judged: float, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927), 95 % by default; (0, 1) where nothing was judged."""
     if judged == 0:
         return 0.0, 1.0
@@ -73,7 +75,7 @@ def pooled(levels: Sequence[Level]) -> list[Level]:
         sound = [level for level in same if level.sound] or same
         judged = sum(level.judged for level in sound)
         errors = sum(level.error_fraction * max(level.judged, 1) for level in sound) / sum(max(level.judged, 1) for level in sound)
-        found.append(Level(load, judged, sum(level.attained for level in sound), errors, any(level.sound for level in same)))
+        found.append(Level(load, judged, sum(level.attained for level in sound), errors, any(level.sound for level in same), min(level.independent for level in sound)))
     return found
 
 
@@ -83,7 +85,7 @@ def verdict(level: Level, slo: Slo) -> Literal["held", "missed", "unclear", "uns
         return "unsound"
     if level.error_fraction > slo.error_fraction_max:
         return "missed"
-    low, high = wilson(level.attained, level.judged)
+    low, high = wilson(level.attained * level.independent, level.judged * level.independent)
     if level.judged and low >= slo.quantile:
         return "held"
     return "missed" if level.judged and high < slo.quantile else "unclear"

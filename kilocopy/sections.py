@@ -101,20 +101,20 @@ def _frontier(found: FrontierFinding, pages: int) -> tuple[list[Table], list[str
     )  # fmt: skip
     marginals = Table(
         "What a further copy adds",
-        ("from – to", "tokens/s each [95 %]", "of a copy's share", "the others lose", "Wh/page", "$/page"),
+        ("from – to", "tokens/s each [95 %]", "of a copy's share", "the others lose", "Wh/page [95 %]", "$/page [95 %]"),
         [
             [
                 f"{one.from_copies:,} – {one.to_copies:,}",
                 spread(one.gain_tokens_per_s),
                 percent(one.share_of_a_copy),
                 f"{number(one.others_lose_tokens_per_s)} tokens/s",
-                number(one.wh_per_page) if one.wh_per_page is not None else DASH,
-                money(one.usd_per_page) if one.usd_per_page is not None else DASH,
+                spread(one.wh_per_page),
+                spread(one.usd_per_page, money),
             ]
             for one in found.marginals
         ],
         "For each further copy between two levels. Wh and $: of the pages that came with it; the hardware's hour costs the same with or without it. "
-        "A dash: energy is not measured, or the rent is paid either way.",
+        "A dash: energy is not measured, no page was gained, or the rent is paid either way. Without [ ]: no interval, since a window is under 30 s or the gain in pages is not clear of 0.",
     )
     speeds = Table(
         "Copies at a speed",
@@ -125,8 +125,8 @@ def _frontier(found: FrontierFinding, pages: int) -> tuple[list[Table], list[str
                 _count(one.held),
                 _count(one.clearly_held),
                 _count(one.clearly_missed),
-                spread(one.crossing, lambda value: DASH if value is None else f"{value:,.0f}"),
-                number(one.n_cluster),
+                spread(one.crossing),
+                _count(None if one.n_cluster is None else round(one.n_cluster)),
             ]
             for one in found.speeds
         ],
@@ -141,30 +141,38 @@ def _count(value: int | None) -> str:
     return DASH if value is None else f"{value:,}"
 
 
+def _share(part: Estimate) -> str:
+    """A part of the loss; its interval where it is wide enough to be seen."""
+    return number(part.value) if part.low is not None and number(part.low) == number(part.high) else spread(part)
+
+
 def _scaling(found: ScalingFinding, pages: int) -> tuple[list[Table], list[str]]:
     del pages
     levels = Table(
         "Levels",
-        ("replicas", "servings", "tokens/s [95 %]", "of one replica's each [95 %]", "driver", "proxy", "queue", "engine", "busiest / mean"),
+        ("replicas", "servings", "tokens/s [95 %]", "of one replica's each [95 %]", "driver", "proxy", "queue", "engine", "router, at worst", "busiest / mean"),
         [
             [
                 f"{one.replicas:,}",
                 f"{one.servings}",
                 spread(one.output_tokens_per_s),
                 spread(one.efficiency, percent),
-                *(number(getattr(one.loss, part)) if one.loss else DASH for part in ("driver", "proxy", "queue", "engine", "imbalance")),
+                *(_share(getattr(one.loss, part)) if one.loss else DASH for part in ("driver", "proxy", "queue", "engine")),
+                number(one.loss.router) if one.loss else DASH,
+                number(one.loss.imbalance) if one.loss else DASH,
             ]
             for one in found.levels
         ],
         f"{found.copies_per_replica:,} copies for each replica; intervals between servings. Driver x proxy x queue x engine: tokens/s of a copy against one replica alone, "
-        "split into copies kept in flight, of them at the engines, of them running, and the speed of a running sequence. Busiest / mean: running sequences, what the router did.",
+        "split into copies kept in flight, of them at the engines, of them running, and the speed of a running sequence. Router, at worst: what its uneven dealing can have left "
+        "of queue x engine, where 1 is nothing lost. Busiest / mean: running sequences, over the window.",
     )
     sentences = []
     if found.fit is not None:
         law = {"usl": "Universal Scalability Law", "amdahl": "Amdahl's law (kappa = 0)", "linear": "linear"}[found.fit.law]
         fitted = f"Fitted: {law}; one replica {spread(found.fit.rate_of_one)} tokens/s"
-        fitted += f", sigma {spread(found.fit.sigma)}" if found.fit.law != "linear" else ""
-        fitted += f", kappa {spread(found.fit.kappa)}" if found.fit.law == "usl" else ""
+        for name, term in (("sigma", found.fit.sigma), ("kappa", found.fit.kappa)):
+            fitted += f", {name} {spread(term)}" if term.value else f", {name} dropped, at most {number(term.high)}" if term.high is not None else f", {name} not looked for"
         fitted += f"; lack of fit p = {found.fit.lack_of_fit_p:.2g}" if found.fit.lack_of_fit_p is not None else ""
         sentences.append(f"{fitted}. Intervals: 95 %, bootstrap over servings.")
     return [levels], [*sentences, *([found.sharing] if found.sharing else [])]

@@ -156,7 +156,7 @@ def _over_size(comparison: Comparison) -> list[Section]:
     if len({size for size, _ in known}) < 2:
         return []
     title = "Cost of a page over model size"
-    law = sizes.fit(known)
+    law = sizes.mixed(comparison.differences) or sizes.fit(known)
     if isinstance(law, str):
         return [Section(title, sentences=[law])]
     said = f"$/page ~ N^{law.alpha:.3g}, 95 % of the exponent [{law.low:.3g} – {law.high:.3g}], from {len(set(law.sizes))} measured sizes, each at its own cheapest valid load, prices at mid."

@@ -7,6 +7,7 @@ What lies beyond the largest measured size is an extrapolation, and is called on
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 SIZES_MIN = 3
+# What may differ between sizes: the model, and on how much of the same hardware a replica of it runs.
+OF_THE_SIZE = re.compile(r"model\.|cluster\.(replicas|hardware\.(gpus_per_replica|kv_cache_gib)|engine\.(tensor|pipeline)_parallel_size)$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,18 @@ class PowerLaw:
         half = float(stdtrit(count - 2, 0.975)) * error
         middle = math.log(self.scale) + self.alpha * x
         return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+def mixed(differences: Sequence[str]) -> str:
+    """Why sides that differ so (Comparison.differences) make no line over size: something else than the model differs; empty where nothing does."""
+    keys = dict.fromkeys(found[1] for said in differences if (found := re.search(r"\(([^()]+)\): ", said)))
+    other = [key for key in keys if not OF_THE_SIZE.match(key)]
+    if not other:
+        return ""
+    return (
+        f"No fit over model size: the sides differ in more than their model ({', '.join(other)}), and a line through them would take that for size. "
+        "Measure every size with the same hardware, versions, prices and settings."
+    )
 
 
 def fit(points: Sequence[tuple[float, float]]) -> PowerLaw | str:

@@ -25,6 +25,11 @@ class Estimate(Frozen):
     low: float | None = None
     high: float | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, given: Any) -> Any:
+        return {"value": given} if isinstance(given, int | float) else given  # summaries before 2026-11-27 have some figures without interval
+
 
 class Percentiles(Frozen):
     """Percentiles of raw values (linear interpolation), how many values, and their mean. Unit in the owner's field name."""
@@ -436,8 +441,8 @@ class Marginal(Frozen):
     gain_tokens_per_s: Estimate  # of the total, for each further copy
     share_of_a_copy: float  # the gain over what a copy had at the lower level
     others_lose_tokens_per_s: float  # by all that were there before, together, for each further copy
-    wh_per_page: float | None  # joules that came with the further copies over the pages that did; null where energy is not measured
-    usd_per_page: float | None  # money that came with them over those pages: electricity of owned hardware; rent is paid either way
+    wh_per_page: Estimate | None  # joules that came with the further copies over the pages that did; null where energy is not measured
+    usd_per_page: Estimate | None  # money that came with them over those pages: electricity of owned hardware; rent is paid either way
 
 
 class Knee(Frozen):
@@ -484,13 +489,17 @@ class ScalingServing(Frozen):
 
 
 class Loss(Frozen):
-    """Tokens/s for each copy asked, against one replica, as a product of four parts; each part 1 where nothing was lost on it."""
+    """Tokens/s for each copy asked, against one replica, as a product of four parts; each part 1 where nothing was lost on it.
 
-    driver: float  # copies in flight over copies asked
-    proxy: float  # copies at the engines over copies in flight: what is between driver and engine
-    queue: float  # sequences running over copies at the engines: what waits for a place
-    engine: float  # tokens/s for each running sequence
-    imbalance: float  # running sequences of the busiest replica over the mean of all: what the router did; not a part of the product
+    95 % between servings. What the router's uneven dealing costs is inside queue and engine, and is bounded: `router`.
+    """
+
+    driver: Estimate  # copies in flight over copies asked
+    proxy: Estimate  # copies at the engines over copies in flight: what is between driver and engine
+    queue: Estimate  # sequences running over copies at the engines: what waits for a place
+    engine: Estimate  # tokens/s for each running sequence
+    imbalance: float  # running sequences of the busiest replica over the mean of all, over the window
+    router: float | None = None  # the least that uneven dealing can have left of queue x engine, moment by moment; 1: it was even, or cost nothing
 
 
 class ScalingLevel(Frozen):

@@ -7,16 +7,20 @@ agree on with each other. Source: N. J. Gunther, Guerrilla Capacity Planning, Sp
 
 Each level is measured several times, each time served anew, and these repeats are the only error that is used: they are pooled over the
 levels in log X. The intervals come from a parametric bootstrap whose error is drawn too (chi-square with as many degrees of freedom
-as the repeats have), since three repeats know their own spread badly. A law that the repeats contradict (lack of fit, F test) is
+as the repeats have), since three repeats know their own spread badly. Its draws may leave sigma and kappa below 0, and the intervals are cut off there
+afterwards: with draws that are kept at 0 or above, those of sigma held the true one in 86 % of synthetic data sets, for 95 %, where kappa is 0. A law that the repeats contradict (lack of fit, F test) is
 not printed.
+
+A term whose interval includes 0 is dropped, but not proven to be 0: what it might be is printed as its interval's upper end, and the intervals of
+what is left stay those of the fullest law. (Those of the simpler law held the true sigma in 40 % of synthetic data sets, for 95 %, where a kappa of
+0.0001 was too small to be seen.)
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,7 +32,7 @@ from kilocopy.summary import Estimate
 
 REPEATS_MIN = 3
 LEVELS_USL, LEVELS_AMDAHL = 4, 3  # one more than the parameters of each law
-DRAWS = 1000
+DRAWS = 4000
 LACK_OF_FIT = 0.01  # a law is refused where its misfit has less than this probability
 Law = Literal["usl", "amdahl", "linear"]
 PARAMETERS: dict[Law, int] = {"usl": 3, "amdahl": 2, "linear": 1}
@@ -44,7 +48,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Fit:
-    """The simplest law that the data does not contradict; intervals are 95 %. `peak`: the replicas of most throughput."""
+    """The simplest law that the data does not contradict; intervals are 95 %, and those of the fullest law that the levels carry.
+
+    A term that was dropped is 0 with an interval from 0; one that was not looked for has none. `peak`: the replicas of most throughput.
+    """
 
     law: Law
     rate_of_one: Estimate
@@ -67,8 +74,9 @@ def fit(measured: Sequence[Measurement]) -> Fit | str:
         return said
     counts = {one.replicas for one in measured}
     laws: list[Law] = ["usl", "amdahl", "linear"] if len(counts) >= LEVELS_USL else ["amdahl", "linear"]
+    fullest = _fitted(measured, laws[0])
     for law in laws:
-        found = _fitted(measured, law)
+        found = fullest if law == laws[0] else _fitted(measured, law)
         kept = {"usl": found.kappa, "amdahl": found.sigma}.get(law)
         if kept is None or (kept.low or 0) > 0:
             break
@@ -77,7 +85,14 @@ def fit(measured: Sequence[Measurement]) -> Fit | str:
             f"Nothing is fitted: the levels lie further from every law of this shape than the repeats of a level from each other "
             f"(lack of fit, p = {found.lack_of_fit_p:.2g}): something else than the number of replicas changed between the levels."
         )
-    return found
+    rate, sigma, kappa = (_covering(getattr(found, name), getattr(fullest, name)) for name in ("rate_of_one", "sigma", "kappa"))
+    return replace(found, rate_of_one=rate, sigma=sigma, kappa=kappa if "usl" in laws else Estimate(value=0.0))
+
+
+def _covering(value: Estimate, fullest: Estimate) -> Estimate:
+    """A value of the simplest law with the fullest one's interval, widened where it lies outside."""
+    low, high = (end if end is not None else value.value for end in (fullest.low, fullest.high))
+    return Estimate(value=value.value, low=min(low, value.value), high=max(high, value.value))
 
 
 def refusal(measured: Sequence[Measurement]) -> str | None:
@@ -101,9 +116,11 @@ def _fitted(measured: Sequence[Measurement], law: Law) -> Fit:
     best = _solve(replicas, logs, law)
     sd, freedom = _repeatability(replicas, logs)
     curve = np.log(throughput(replicas, *best))
+    unbounded = _solve_draws(replicas, curve, logs[None, :], law)[0]
+    around = np.log(np.maximum(throughput(replicas, *unbounded), np.exp(curve) / 2))  # a law below its bounds need not be one at all
     draw = np.random.default_rng(0)
     errors = draw.standard_normal((DRAWS, len(logs))) * (sd * np.sqrt(freedom / draw.chisquare(freedom, DRAWS)))[:, None]
-    drawn = _solve_draws(replicas, curve, curve + errors, law)
+    drawn = _solve_draws(replicas, around, around + errors, law)
     rate, sigma, kappa = (_interval(best[i], drawn[:, i]) for i in range(3))
     return Fit(
         law=law,
@@ -138,23 +155,16 @@ def _solve(replicas: Floats, logs: Floats, law: Law) -> tuple[float, float, floa
 
 
 def _solve_draws(replicas: Floats, curve: Floats, logs: Floats, law: Law) -> Floats:
-    """The same for many draws at once, near a curve (log X): (lambda, sigma, kappa) of each row of `logs`.
+    """The same for many draws at once, near a curve (log X), sigma and kappa without their bounds: (lambda, sigma, kappa) of each row of `logs`.
 
     R / X = (1 + sigma (R - 1) + kappa R (R - 1)) / lambda is linear in 1 / lambda, sigma / lambda and kappa / lambda, and its errors relative to
-    the curve are those of log X to first order. With sigma, kappa >= 0 the best solution is that of one of the sets of terms that are not 0.
+    the curve are those of log X to first order.
     """
-    free = PARAMETERS[law] - 1
-    terms = np.column_stack([np.ones(len(replicas)), replicas - 1, replicas * (replicas - 1)])
+    terms = np.column_stack([np.ones(len(replicas)), replicas - 1, replicas * (replicas - 1)])[:, : PARAMETERS[law]]
     weight = np.exp(curve) / replicas
-    design, wanted = terms * weight[:, None], (replicas / np.exp(logs)) * weight
-    best, least = np.zeros((len(logs), 3)), np.full(len(logs), np.inf)
-    for kept in ([0, *more] for count in range(free + 1) for more in itertools.combinations(range(1, free + 1), count)):
-        found = np.zeros((len(logs), 3))
-        found[:, kept] = wanted @ np.linalg.pinv(design[:, kept]).T
-        squares = ((wanted - found @ design.T) ** 2).sum(axis=1)
-        better = (found[:, 1:] >= 0).all(axis=1) & (squares < least)
-        best[better], least[better] = found[better], squares[better]
-    return np.asarray(np.column_stack([1 / best[:, 0], best[:, 1] / best[:, 0], best[:, 2] / best[:, 0]]), dtype=np.float64)
+    found = np.zeros((len(logs), 3))
+    found[:, : PARAMETERS[law]] = (replicas / np.exp(logs) * weight) @ np.linalg.pinv(terms * weight[:, None]).T
+    return np.asarray(np.column_stack([1 / found[:, 0], found[:, 1] / found[:, 0], found[:, 2] / found[:, 0]]), dtype=np.float64)
 
 
 def _repeatability(replicas: Floats, logs: Floats) -> tuple[float, int]:
@@ -178,7 +188,7 @@ def _lack_of_fit(replicas: Floats, logs: Floats, curve: Floats, sd: float, freed
 
 
 def _interval(value: float, drawn: Floats) -> Estimate:
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    low, high = np.maximum(np.percentile(drawn, [2.5, 97.5]), 0.0)
     return Estimate(value=value, low=float(min(low, value)), high=float(max(high, value)))
 
 
@@ -199,10 +209,16 @@ def mean_rate(rates: Sequence[float]) -> Estimate:
 
 
 def efficiency(rates: Sequence[float], replicas: int, rates_of_one: Sequence[float]) -> Estimate:
-    """Throughput per replica over that of one replica, with a 95 % interval (Welch's t on the logarithms); none with fewer than two of either."""
-    many, one = np.log(rates) - math.log(replicas), np.log(rates_of_one)
+    """Throughput per replica over that of one replica, with a 95 % interval; none with fewer than two of either, or for one replica itself."""
+    each = [rate / replicas for rate in rates]
+    return over(each, rates_of_one) if replicas > 1 else Estimate(value=over(each, rates_of_one).value)
+
+
+def over(figures: Sequence[float], beside: Sequence[float]) -> Estimate:
+    """Ratio of the geometric means of servings, with a 95 % interval (Welch's t on the logarithms); none with fewer than two on either side."""
+    many, one = np.log(figures), np.log(beside)
     value = float(np.exp(many.mean() - one.mean()))
-    if replicas == 1 or len(many) < 2 or len(one) < 2:
+    if len(many) < 2 or len(one) < 2:
         return Estimate(value=value)
     a, b = float(many.var(ddof=1)) / len(many), float(one.var(ddof=1)) / len(one)
     if a + b == 0:

@@ -66,5 +66,13 @@ def test_a_power_law_is_found_again() -> None:
     assert 0.93 < next_held / 1000 < 0.97
 
 
+def test_sizes_of_other_hardware_prices_or_versions_are_no_line() -> None:
+    said = "b (T_2) against a (T_1) ({}): 2 against 1"
+    own = ["model.id", "model.parameters_active", "cluster.replicas", "cluster.hardware.gpus_per_replica", "cluster.engine.tensor_parallel_size"]
+    assert sizes.mixed([said.format(key) for key in own]) == ""
+    for key in ("prices.pue.value", "prices.hardware.usd_per_device_hour.value", "cluster.hardware.type", "cluster.engine.quantization", "vllm's version", "host's GPUs"):
+        assert f"({key})" in sizes.mixed([said.format("model.id"), said.format(key)])
+
+
 def test_two_sizes_are_no_line() -> None:
     assert sizes.fit([(1e9, 1.0), (8e9, 5.0), (8e9, 5.1)]) == "A fit over model size needs 3 sizes; there are 2."

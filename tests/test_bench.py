@@ -7,13 +7,14 @@ import shutil
 import socket
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from bench import __main__ as bench_main
-from bench import clients, crosscheck
+from bench import clients, crosscheck, rows
 from bench.levels import Level, honest_streams
 from bench.truth import Schedule, build, server
 from kilocopy.problem import ProblemError
@@ -166,3 +167,7 @@ def test_the_server_says_what_it_did_with_its_time() -> None:
         truth = running.truth()
     assert 0 <= truth["busy_s"] < truth["seconds"]
     assert truth["waited_s"] >= 0
+
+
+def test_the_report_that_is_timed_says_what_a_loop_over_the_rows_says(tmp_path: Path) -> None:
+    assert rows.plainly(rows.generate(tmp_path / "run", 40_000)) < 1e-6

@@ -195,6 +195,11 @@ def test_three_sizes_make_a_line_that_is_called_an_extrapolation_beyond_them(mak
     assert [row[1] for row in section.table.rows] == ["measured"] * 3 + ["EXTRAPOLATED"] * 2
     section = next(s for s in side_by_side.sheet(compare(sides(runs[:2]))).sections if s.title == "Cost of a page over model size")
     assert section.sentences == ["A fit over model size needs 3 sizes; there are 2."]
+    dear = synthetic.spec()["prices"] | {"pue": synthetic.quoted(1.5)}
+    elsewhere = make("m64000000", 0.16, model=model(64e6), prices=dear)
+    section = next(s for s in side_by_side.sheet(compare(sides([*runs, elsewhere]))).sections if s.title == "Cost of a page over model size")
+    assert section.table is None
+    assert section.sentences[0].startswith("No fit over model size: the sides differ in more than their model (prices.pue.value)")
 
 
 def test_what_cannot_be_read_is_a_sentence(make: Make, tmp_path: Path) -> None:

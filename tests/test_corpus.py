@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_it_stands_in_both_reports(tmp_path: Path) -> None:
     tree["model"]["training"] = TRAINING
     summary = summarise(ideal(tmp_path, tree))
     lines = " ".join(corpus_lines(summary))
-    assert "3.46 billion tokens: 2,000 days on one device, 1,000 on the 2 that served, 31.2 on as many as trained it" in lines
+    assert re.search(r"3.46 billion tokens: 2,000 \[[\d,]+ – [\d,]+\] days on one device, 1,000 on the 2 that served, 31.2 on as many as trained it", lines)
+    assert re.search(r"1.73 million \[1.7\d million – 1.7\d million\] tokens a day", lines)
     page = render_html(summary)
     assert "plot-lifetime" in page
     assert "Break-even at" in page

@@ -10,12 +10,13 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from kilocopy import campaign, experiment
+from kilocopy import campaign, experiment, recording, replicas
 from kilocopy.findings import FINDERS
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import read_manifest, summarise
 from kilocopy.spec import Experiment, Spec
+from kilocopy.summary import Estimate, Marginal
 from tests import synthetic
 from tests.synthetic import Run
 
@@ -33,7 +34,7 @@ def home_of(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = None, broken: str | None = None) -> None:
+def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = None, broken: str | None = None, metered: bool = False) -> None:
     """One part that played these levels, each with its own gap between tokens; `cut`: one that did not come to its end; `broken`: one whose streams all failed."""
     block = next(
         block for serving in experiment.plan(Spec.model_validate(read_manifest(home)["spec"])) for block in serving.blocks
@@ -41,7 +42,7 @@ def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = N
     )  # fmt: skip
     mine = block.without(set(block.levels) - set(levels), 0)
     run = Run(home / "parts" / name, mine.spec.model_dump(mode="json"), **{experiment.LEVELS_KEY: list(mine.levels)})
-    at_s = 0.0
+    at_s, joules = 0.0, 0.0
     for index, level in enumerate(mine.levels):
         copies = mine.spec.stages[index].copies  # type: ignore[union-attr]
         gaps_s = [levels[level]] * 9
@@ -50,15 +51,24 @@ def play(home: Path, name: str, levels: dict[str, float], *, cut: str | None = N
             for copy in range(copies):
                 run.stream(at_s, gaps_s=gaps_s, stage=index, copy=copy)
             break
-        for second in range(1, 22):
+        for second in range(1, round(spec_duration(mine, index)) + 2):
             run.scrape(at_s + second, labels='{"ReplicaId": "a"}', kv_cache_usage_perc=copies / 100)
             run.scrape(at_s + second, labels='{"ReplicaId": "b"}', kv_cache_usage_perc=copies / 50)
         ended: dict[str, Any] = {"outcome": "truncated"} if level == broken else {}
-        at_s = run.stage(index, at_s, gaps_s=gaps_s, **ended) + 1
+        begun_s, at_s = at_s, run.stage(index, at_s, spec_duration(mine, index) + 2, gaps_s=gaps_s, **ended) + 1
+        for second in range(int(begun_s), int(at_s) + 1) if metered else ():
+            joules += 0.5 * (100 + 10 * copies)
+            for device in ("GPU-a", "GPU-b"):
+                run.meter(second, joules, device=device)
     if cut is None:
         run.end(at_s)
     else:
         run.close()
+
+
+def spec_duration(block: experiment.Block, index: int) -> float:
+    """How long a stage of a block asks."""
+    return float(block.spec.stages[index].duration_s)  # type: ignore[union-attr]
 
 
 def gap(copies: int) -> float:
@@ -177,6 +187,28 @@ def test_the_frontier_of_a_known_server(tmp_path: Path) -> None:
     assert at[10].n_cluster == 100 / 2 * 8
     assert found.n_human["238"] > 0
     assert "no level held it; already 1 missed it" in at[50].sentence
+    assert (crossing.low or 99) <= 12.1 <= (crossing.high or 0)
+    assert "held for 32 [32 or more] at 5 tokens/s, 8 [8 – 16] at 10 tokens/s" in found.sentence
+
+
+def test_a_further_page_has_an_interval_where_energy_is_measured(tmp_path: Path) -> None:
+    """A meter of 100 W and 10 W for each copy, on owned hardware: 10 J/s come with each further copy."""
+    prices = FRONTIER["prices"] | {"hardware": {"kind": "owned", "usd_per_device": synthetic.quoted(30000), "life_years": 4, "residual_fraction": 0, "utilisation": 0.5}}
+    home = home_of(tmp_path / "home", FRONTIER | {"prices": prices, "experiment": FRONTIER["experiment"] | {"duration_s": 40}})
+    play(home, "1", levels(*COPIES), metered=True)
+    found = summarise(home).experiment
+    assert found is not None
+    for one in found.marginals:
+        assert one.wh_per_page is not None
+        assert one.usd_per_page is not None
+        # joules/s over pages/s: 10 W x PUE 1.25; a page is 500 words, of 1,000 tokens
+        expected = 10 * 1.25 * (one.to_copies - one.from_copies) / (one.gain_tokens_per_s.value * (one.to_copies - one.from_copies) / 1000) / 3600
+        assert one.wh_per_page.value == pytest.approx(expected, rel=0.02)
+        assert (one.wh_per_page.low or 0) < expected < (one.wh_per_page.high or 0)
+        assert one.usd_per_page.value == pytest.approx(one.wh_per_page.value / 1000 * 0.1)
+    assert Marginal.model_validate_json(found.marginals[0].model_dump_json()) == found.marginals[0]
+    bare = found.marginals[0].model_dump() | {"wh_per_page": 0.5}
+    assert Marginal.model_validate(bare).wh_per_page == Estimate(value=0.5), "as earlier summaries have it"
 
 
 def test_the_same_parts_give_the_same_bytes(tmp_path: Path) -> None:
@@ -208,15 +240,15 @@ def test_every_kind_that_a_spec_may_name_can_be_planned() -> None:
 SCALING = asked("scaling", replicas=[1, 2, 4, 8], copies_per_replica=2)
 
 
-def serve_once(home: Path, name: str, level: str, gap_s: float, *, waiting: float = 0.0, seen: float = 1.0) -> None:
-    """One serving: streams of known speed, and gauges that say how many of the copies were at the engines and running."""
+def serve_once(home: Path, name: str, level: str, gap_s: float, *, waiting: float = 0.0, seen: float = 1.0, first: float = 1.0) -> None:
+    """One serving: streams of known speed, and gauges that say how many of the copies were at the engines and running; `first`: the first replica's over the mean."""
     spec = Spec.model_validate(read_manifest(home)["spec"])
     block = next(one.blocks[0] for one in experiment.plan(spec) if one.blocks[0].levels == (level,))
     run = Run(home / "parts" / name, block.spec.model_dump(mode="json"), **{experiment.LEVELS_KEY: [level]})
     replicas, copies = block.spec.cluster.replicas, block.spec.stages[0].copies  # type: ignore[union-attr]
     for second in range(1, 24):
         for replica in range(replicas):
-            each = copies * seen / replicas
+            each = copies * seen / replicas * (first if replica == 0 else (replicas - first) / max(1, replicas - 1))
             labels = json.dumps({"ReplicaId": f"r{replica}"})
             run.scrape(second, labels=labels, generation_tokens_total=0.0, num_requests_running=each * (1 - waiting), num_requests_waiting=each * waiting)
     run.end(run.stage(0, gaps_s=[gap_s] * 9))
@@ -253,13 +285,16 @@ def test_scaling_of_a_known_cluster(tmp_path: Path) -> None:
         assert level.efficiency is not None
         assert level.efficiency.value == pytest.approx(expected, rel=0.03)
         assert level.loss is not None
-        assert level.loss.engine == pytest.approx(expected, rel=0.03)
-        assert (level.loss.proxy, level.loss.queue, level.loss.imbalance) == (pytest.approx(1, rel=0.01), pytest.approx(1), pytest.approx(1))
+        assert level.loss.engine.value == pytest.approx(expected, rel=0.03)
+        assert (level.loss.proxy.value, level.loss.queue.value, level.loss.imbalance) == (pytest.approx(1, rel=0.01), pytest.approx(1), pytest.approx(1))
+        assert level.loss.router == 1
+        assert (level.loss.engine.low or 0) < expected < (level.loss.engine.high or 0)
     assert found.fit is not None
     assert found.fit.law == "amdahl"
     assert found.fit.peak is None
     assert (found.fit.sigma.low or 0) < 0.1 < (found.fit.sigma.high or 0)
-    assert "there is no maximum to tell" in found.sentence
+    assert "most of the loss is in the engines (speed of a running sequence): x 0.5" in found.sentence
+    assert "there is no maximum to tell (kappa is at most 0.0" in found.sentence
     assert summary.headline.n_slo is None
     assert summary.overhang is None
     page = render_html(summary)
@@ -277,9 +312,39 @@ def test_scaling_says_where_the_loss_goes_and_what_is_shared(tmp_path: Path) -> 
     assert found.kind == "scaling"
     loss = found.levels[1].loss
     assert loss is not None
-    assert (loss.queue, loss.proxy) == (pytest.approx(0.8, rel=0.01), pytest.approx(0.9, rel=0.01))
+    assert (loss.queue.value, loss.proxy.value) == (pytest.approx(0.8, rel=0.01), pytest.approx(0.9, rel=0.01))
     assert "Up to 4 replicas share one GPU" in found.sentence
     assert found.fit is None
     assert any("2 of 12 levels were played" in note for note in found.notes)
     assert any("2 levels of replicas that count (1, 2) are too few" in note for note in found.notes)
     assert any("1 of 3 at 1 replica, 1 of 3 at 2 replicas, 0 of 3 at 4 replicas" in note for note in found.notes)
+
+
+def test_the_router_can_be_where_most_of_the_loss_goes(tmp_path: Path) -> None:
+    """Two replicas, of which one has all copies and runs as fast as one alone: half of the throughput is lost, and all of it may be the router's."""
+    home = home_of(tmp_path / "home", SCALING)
+    for repeat in (1, 2, 3):
+        serve_once(home, f"1{repeat}", f"1 replica, serving {repeat}", 0.1)
+        serve_once(home, f"2{repeat}", f"2 replicas, serving {repeat}", 0.21, first=2.0)
+    found = summarise(home).experiment
+    assert found is not None
+    assert found.kind == "scaling"
+    loss = found.levels[1].loss
+    assert loss is not None
+    assert (loss.router, loss.imbalance) == (pytest.approx(0.5, rel=0.03), pytest.approx(2, rel=0.01))
+    assert "most of the loss may be the router's uneven dealing: it can have cost up to x 0.5" in found.sentence
+
+
+def test_replicas_that_are_even_only_in_the_mean_are_not_even(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for second in range(21):
+        for replica in (0, 1):
+            run.scrape(second, labels=json.dumps({"ReplicaId": f"r{replica}"}), num_requests_running=3.0 if second % 2 == replica else 1.0)
+    run.stage()
+    server = recording.load(run.end(23)).server
+    use = replicas.gauge(server, "num_requests_running", 1, 20)
+    assert use is not None
+    assert list(use.means.values()) == pytest.approx([2, 2], rel=0.06)
+    # between scrapes a straight line: |h - 2| is 0.5 in the mean, so that 3.5 of 4 lie within the mean
+    assert replicas.evenness(server, ("num_requests_running", "num_requests_waiting"), 2, 1, 20) == pytest.approx(3.5 / 4, rel=0.01)
+    assert replicas.evenness(server, ("num_requests_running",), 4, 1, 20) == pytest.approx(0.5), "two more that hold nothing"

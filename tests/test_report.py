@@ -18,7 +18,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from kilocopy.figures import _power, figures
+from kilocopy.figures import _power, figures, log_ticks
 from kilocopy.page import render_html
 from kilocopy.report import WIDTH, latency_row, money, number, once, pages_unit, print_report, seconds
 from kilocopy.summary import Stage, Summary, Verdict
@@ -191,6 +191,18 @@ def test_thirteen_wide_stages_fit_without_losing_a_digit() -> None:
     assert "…" not in text
     assert "$/1M" in text
     assert render_html(summaries.good().model_copy(update={"stages": stages}))
+
+
+def test_a_log_axis_names_three_of_its_values_at_least() -> None:
+    """Fleets of 3, 4 and 5 replicas had 5 alone on their axis."""
+    def ticks(*values: float) -> list[str]:
+        return list(log_ticks(list(values))["ticktext"])
+
+    assert ticks(3, 4, 5) == ["3", "4", "5"]
+    assert ticks(3, 4) == ["3", "4"]
+    assert ticks(200, 260) == ["200", "210", "220", "230", "240", "250", "260"]
+    assert ticks(1, 10) == ["1", "2", "5", "10"]
+    assert len(ticks(0.0012, 0.0019)) >= 3
 
 
 def test_powers_of_ten_in_words() -> None:
