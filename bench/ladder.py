@@ -1,6 +1,6 @@
 """What breaks first with many replicas? The real Serve application with simulated engines, rung by rung, as many as the memory holds.
 
-    python -m bench.ladder [--rungs 1 2 4 8 16 32 64] [--rung-s 240] [--out ladder.json]
+    python -m bench.ladder [--rungs 1 2 4 8 16 32 64] [--rung-s 240] [--step-s 0.5] [--out ladder.json]
 
 No model runs and no speed is measured: a rung says how long the replicas took to start, what they hold of memory, what a scrape of Ray's metrics page
 costs, and how many streams and connections the proxy kept. Each rung is bounded in time, and stands in the JSON file as soon as it is over.
@@ -42,15 +42,15 @@ OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 Found = dict[str, Any]
 
 
-def spec(replicas: int) -> str:
-    """A spec of so many simulated replicas (JSON is YAML); its largest stage leaves HAProxy's connection limit at its least, 4,096."""
+def spec(replicas: int, step_s: float) -> str:
+    """A spec of so many simulated replicas (JSON is YAML) and a stage of their streams, by which HAProxy's connection limit is set."""
     said = {"value": 1, "source": "no figure of money is read", "date": "2026-01-01"}
     return json.dumps({
         "name": f"ladder-{replicas}",
         "model": {"id": "simulated", "source": "simulated", "parameters_active": 1},
-        "cluster": {"replicas": replicas, "hardware": {"kind": "cpu", "cpus_per_replica": 0.05}, "simulated_engine": {"step_s": STEP_S}},
+        "cluster": {"replicas": replicas, "hardware": {"kind": "cpu", "cpus_per_replica": 0.05}, "simulated_engine": {"step_s": step_s}, "start_timeout_s": 3600},
         "workload": {"prompts": {"kind": "synthetic", "input_tokens": 5}, "output_tokens": 64},
-        "stages": [{"arrival": "closed", "copies": 16, "duration_s": 5}],
+        "stages": [{"arrival": "closed", "copies": STREAMS_EACH * replicas, "duration_s": 5}],
         "slo": {"tokens_per_s_per_copy": 1, "ttft_s": 5},
         "page": {"words": 500, "words_per_token": said},
         "prices": {"hardware": {"kind": "rented", "usd_per_device_hour": said, "utilisation": 1}, "electricity_usd_per_kwh": said, "pue": said},
@@ -60,8 +60,8 @@ def spec(replicas: int) -> str:
 class Rung:
     """`kilocopy serve` of so many replicas, in a state directory of its own."""
 
-    def __init__(self, replicas: int, folder: Path) -> None:
-        self.replicas, self._folder = replicas, folder
+    def __init__(self, replicas: int, step_s: float, folder: Path) -> None:
+        self._spec, self._folder = spec(replicas, step_s), folder
         self._environment = os.environ | {"KILOCOPY_STATE": str(folder / "state"), "PYTHONPATH": manifest.search_path()}
 
     def _kilocopy(self, *arguments: str) -> list[str]:
@@ -70,7 +70,7 @@ class Rung:
     def start(self, until_s: float) -> Found:
         """Serve, noting when each phase began; `failed` where it does not come so far in time."""
         path = self._folder / "spec.yaml"
-        path.write_text(spec(self.replicas))
+        path.write_text(self._spec)
         phases: dict[str, float] = {}
         began_s, most = time.monotonic(), 0.0
         with (self._folder / "serve.txt").open("wb") as said:
@@ -87,7 +87,7 @@ class Rung:
             time.sleep(0.2)
         found: Found = {"ready_s": round(time.monotonic() - began_s, 1), "phases_s": phases, "load_average": round(most, 1)}
         if process.returncode:
-            found["failed"] = (self._folder / "serve.txt").read_text()[-600:]
+            found["failed"] = (self._folder / "serve.txt").read_text()[-600:] + (self._folder / "state" / "serve.log").read_text()[-3000:]
         return found
 
     def state(self) -> Found:
@@ -206,11 +206,11 @@ async def connections(url: str) -> Found:
     return {"idle": len(idle), "then": "requests were still answered"}
 
 
-def climb(replicas: int, rung_s: float, *, limit: bool) -> Found:
+def climb(replicas: int, step_s: float, rung_s: float, *, limit: bool) -> Found:
     """One rung; with `limit` also the proxy's own. Whatever breaks is in `failed`."""
     found: Found = {"replicas": replicas, "free_mib_before": psutil.virtual_memory().available >> 20}
     with tempfile.TemporaryDirectory(prefix="kilocopy-ladder-") as folder:
-        rung = Rung(replicas, Path(folder))
+        rung = Rung(replicas, step_s, Path(folder))
         try:
             found |= rung.start(time.monotonic() + rung_s)
             if "failed" not in found:
@@ -233,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ladder", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rungs", type=int, nargs="+", default=RUNGS)
     parser.add_argument("--rung-s", type=float, default=240, help="how long replicas may take to start")
+    parser.add_argument("--step-s", type=float, default=STEP_S, help="a step of the simulated engines: at 0.5 s, 100 replicas' tokens fill two cores")
     parser.add_argument("--total-s", type=float, default=840, help="no rung is begun that could end after this")
     parser.add_argument("--out", type=Path, default=Path("ladder.json"))
     asked = parser.parse_args()
@@ -248,7 +249,7 @@ def main() -> None:
                 OUT.print(f"{replicas} replicas: not begun, they would need {needs / 2**30:.1f} GiB")
                 break
         rung_began_s = time.monotonic()
-        found.append(climb(replicas, min(asked.rung_s, left_s - 60), limit=number == 0))
+        found.append(climb(replicas, asked.step_s, min(asked.rung_s, left_s - 60), limit=number == 0 and 4 * STREAMS_EACH * replicas <= IDLE_MAX))
         last_s = time.monotonic() - rung_began_s
         found[-1]["took_s"] = round(last_s)
         asked.out.write_text(json.dumps({"host": manifest.hardware(), "versions": manifest.versions(), "rungs": found}, indent=1))

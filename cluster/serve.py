@@ -26,9 +26,10 @@ from typing import Any
 import psutil
 
 from cluster import application, power_nodes
-from kilocopy.application import APPLICATION, DIRECT, environment, measured_environment
+from kilocopy.application import APPLICATION, DIRECT, environment, files_for, measured_environment
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.records import write_json
+from kilocopy.serving import connections_here
 from kilocopy.spec import CpuReplica, GpuReplica, Spec
 
 STOP = threading.Event()
@@ -75,6 +76,7 @@ def main() -> int:
     if local:
         os.nice(15)  # below the driver, which shares this host: its clock must stay true (see also yield_to_driver)
         use_loopback()
+        os.environ["RAY_SERVE_HAPROXY_MAXCONN"] = str(connections_here(spec))
     try:
         serve(spec, state, local)
     except StartError as error:
@@ -194,15 +196,16 @@ def check_nodes(spec: Spec) -> None:
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
-    def ask(names: list[str]) -> tuple[dict[str, str | None], bool]:
+    def ask(names: list[str]) -> tuple[dict[str, str | None], bool, int]:
         import importlib.util  # noqa: PLC0415  runs on the node
         import os  # noqa: PLC0415
+        import resource  # noqa: PLC0415
 
         try:
             found = importlib.util.find_spec("cluster.replica") is not None
         except ImportError:
             found = False
-        return {name: os.environ.get(name) for name in names}, found
+        return {name: os.environ.get(name) for name in names}, found, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
     names, asked = [*measured_environment(spec), *DIRECT], {}
     for node in ray.nodes():
@@ -211,10 +214,10 @@ def check_nodes(spec: Spec) -> None:
             asked[node["NodeManagerAddress"]] = ray.remote(ask).options(num_cpus=0, scheduling_strategy=here, max_retries=0).remote(names)
     for address, answer in asked.items():
         try:
-            has, importable = ray.get(answer, timeout=120)
+            has, importable, files = ray.get(answer, timeout=120)
         except Exception as error:
             raise StartError(f"cluster.address {spec.cluster.address}: node {address} does not answer: {first_line(error)}") from None
-        if wrong := environment_fault(spec, has):
+        if wrong := environment_fault(spec, has, files):
             raise StartError(f"cluster.address {spec.cluster.address}: Ray on node {address} {wrong}")
         if not importable and isinstance(spec.cluster.hardware, CpuReplica):
             raise StartError(
@@ -222,8 +225,11 @@ def check_nodes(spec: Spec) -> None:
             )
 
 
-def environment_fault(spec: Spec, has: dict[str, str | None]) -> str | None:
-    """What is wrong with the environment that a node's Ray was started with; None where it is the spec's. More connections of HAProxy are fine."""
+def environment_fault(spec: Spec, has: dict[str, str | None], files: int = -1) -> str | None:
+    """What is wrong with the environment that a node's Ray was started with, or with the files that it may open (-1: any number); None where it is the spec's.
+
+    More connections of HAProxy are fine.
+    """
     if spec.cluster.routing == "proxy":
         switched_on = [name for name in DIRECT if has[name] == "1"]
         if switched_on:
@@ -235,6 +241,9 @@ def environment_fault(spec: Spec, has: dict[str, str | None]) -> str | None:
         if there != value and not enough:
             lacking.append(f"{name}={value}")
     if not lacking:
+        most = int(has["RAY_SERVE_HAPROXY_MAXCONN"] or 0) if spec.cluster.routing == "direct" else 0
+        if most and 0 <= files < files_for(most):
+            return f"may open {files} files, and HAProxy does not start with fewer than {files_for(most)} for RAY_SERVE_HAPROXY_MAXCONN={most}: `ulimit -Hn` before `ray start`"
         return None
     return (
         f"was started without {' '.join(lacking)}: it reads them when it starts, so put them into the environment of `ray start` on the head and on every worker "
@@ -252,7 +261,10 @@ def deploy(spec: Spec, state: State) -> None:
     except Exception as error:
         raise StartError(f"cluster.engine or model: {first_line(error)}") from None
     state.set(phase="starting Serve")
-    ray_serve.start(http_options={"host": listen_on(), "port": spec.cluster.port})
+    try:
+        ray_serve.start(http_options={"host": listen_on(), "port": spec.cluster.port})
+    except Exception as error:
+        raise StartError(f"Serve and its proxy could not start: {engine_error(str(error))}") from None
     state.set(phase="starting replicas")
     threading.Thread(
         target=lambda: _quietly(_run, app, _blocking=False, name=APPLICATION, route_prefix="/"), daemon=True

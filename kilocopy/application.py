@@ -7,6 +7,7 @@ it at import.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ APPLICATION = "kilocopy"
 GPU_MEMORY_UTILIZATION = 0.9  # of a replica's share of a GPU, where the spec does not say: the rest is CUDA's own and its graphs'
 DIRECT = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING")
 RAY_VERSION = "2.60.0"  # of requirements/*.in, and of the image
+FILES_PER_CONNECTION, FILES_SPARE = 2.5, 500  # of HAProxy: both sides, pipes for a quarter of them (Ray's template splices); listeners, checks
 IMAGE_CHECKOUT = "/opt/kilocopy"  # where deploy/Dockerfile puts this project's folder
 
 
@@ -45,9 +47,18 @@ def measured_environment(spec: Spec) -> dict[str, str]:
     # The servers' counters are compared with the client's at the edges of every stage: they must not lag by 10 s.
     variables = {"RAY_metrics_report_interval_ms": "1000"}
     if spec.cluster.routing == "direct":
-        copies = max(streams_max(stage) for stage in spec.stages)
-        variables |= dict.fromkeys(DIRECT, "1") | {"RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 4 * copies))}
+        variables |= dict.fromkeys(DIRECT, "1") | {"RAY_SERVE_HAPROXY_MAXCONN": str(connections(spec))}
     return variables
+
+
+def connections(spec: Spec) -> int:
+    """HAProxy's limit: above it requests wait unseen, so it is four times the copies of the largest stage."""
+    return max(4096, 4 * max(streams_max(stage) for stage in spec.stages))
+
+
+def files_for(connections: int) -> int:
+    """Open files that HAProxy must be allowed for so many connections: with fewer it does not start ("Cannot raise FD limit")."""
+    return math.ceil(FILES_PER_CONNECTION * connections) + FILES_SPARE
 
 
 def replica_environment(spec: Spec, directory: str | None) -> dict[str, str]:

@@ -212,8 +212,9 @@ def drive(
     if place == "ray" and join is None:
         raise ProblemError("--place ray: how many workers? Give --join N")
     if join is not None and (workers != 1 or loaded.experiment is not None):
-        other = "--workers" if workers != 1 else "experiment:"
-        raise ProblemError(f"{other} and --join do not go together: --join leads workers that are started elsewhere, once, for one run")
+        if workers != 1:
+            raise ProblemError("--workers and --join do not go together: --join leads workers that are started elsewhere, and drives nothing here")
+        raise ProblemError("experiment: and --join do not go together: workers elsewhere join once, for one run; drive it with --workers N here, or write its levels as stages")
     if loaded.experiment is not None:
         if power:
             raise ProblemError("--power: an experiment takes no pages of power meters; a Ray that `kilocopy serve --address` joined is metered without it")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kilocopy import placement, provision
-from kilocopy.application import IMAGE_CHECKOUT, environment
+from kilocopy.application import IMAGE_CHECKOUT, connections, environment, files_for
 from kilocopy.kuberay import EXPORT_PORT, GID, POWER_PORT, UID, instance
 from kilocopy.problem import ProblemError
 from kilocopy.spec import Deploy, GpuReplica, Spec
@@ -47,7 +47,7 @@ def files(spec: Spec) -> dict[str, str]:
 
 
 def _compose(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
-    services = {"server": _server(spec, deploy, placed), "power": _power(spec, deploy, placed), "driver": _driver(deploy, placed)}
+    services = {"server": _server(spec, deploy, placed), "power": _power(spec, deploy, placed), "driver": _driver(spec, deploy, placed)}
     services |= {"prometheus": _prometheus(), "grafana": _grafana()}
     if placed.gpus_per_node:
         services["dcgm-exporter"] = _dcgm()
@@ -55,15 +55,16 @@ def _compose(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[st
     return {"name": instance(spec), "services": services, "volumes": volumes}
 
 
-def _own(deploy: Deploy) -> dict[str, Any]:
+def _own(spec: Spec, deploy: Deploy) -> dict[str, Any]:
     """What server and driver share: the image, its user, no privileges, the spec and the state."""
+    files = max(65536, files_for(connections(spec)))
     return {
         "image": deploy.image,
         "user": f"{UID}:{GID}",
         "network_mode": "host",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
-        "ulimits": {"nofile": {"soft": 65536, "hard": 65536}},
+        "ulimits": {"nofile": {"soft": files, "hard": files}},
         "volumes": [f"./spec.yaml:{MOUNTED_SPEC}:ro", f"state:{STATE}", "hub:/home/ray/.cache/huggingface"],
     }
 
@@ -71,7 +72,7 @@ def _own(deploy: Deploy) -> dict[str, Any]:
 def _server(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
     # A name without a value takes it from the shell that runs compose: nothing secret stands in the file.
     variables = environment(spec, IMAGE_CHECKOUT) | {"KILOCOPY_STATE": STATE}
-    server = _own(deploy) | {
+    server = _own(spec, deploy) | {
         "command": ["python", "-m", "kilocopy", "serve", MOUNTED_SPEC, "--stay"],
         "environment": [f"{key}={value}" for key, value in variables.items()] + ["HF_TOKEN"],
         "shm_size": f"{deploy.node.shm_gib}gb",
@@ -97,7 +98,7 @@ def _gpus(spec: Spec, placed: placement.Placement) -> dict[str, Any]:
 
 def _power(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
     """The power meters' page: of the server's GPUs, and of the CPU packages where the host lets a plain user read them."""
-    meter = _own(deploy) | {
+    meter = _own(spec, deploy) | {
         "command": ["python", "-m", "cluster.power", "--page", "--port", str(POWER_PORT)],
         "environment": [f"PYTHONPATH={IMAGE_CHECKOUT}"],
     }
@@ -105,9 +106,9 @@ def _power(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str,
     return meter | _gpus(spec, placed)
 
 
-def _driver(deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
+def _driver(spec: Spec, deploy: Deploy, placed: placement.Placement) -> dict[str, Any]:
     """Started on demand (`docker compose run --rm driver`); it sees the server's processes, to know that it still lives."""
-    driver = _own(deploy) | {
+    driver = _own(spec, deploy) | {
         "command": ["python", "-m", "kilocopy", "drive", MOUNTED_SPEC, "--runs", RUNS, "--workers", str(placed.driver_workers),
                     "--power", f"http://127.0.0.1:{POWER_PORT}/metrics"],
         "environment": [f"PYTHONPATH={IMAGE_CHECKOUT}", f"KILOCOPY_STATE={STATE}", f"KILOCOPY_EXPORT_PORT={EXPORT_PORT}",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kilocopy import placement
-from kilocopy.application import IMAGE_CHECKOUT, environment
+from kilocopy.application import IMAGE_CHECKOUT, connections, environment, files_for
 from kilocopy.kuberay import GCS_PORT, METRICS_PORT, OBJECT_STORE_BYTES, instance
 from kilocopy.problem import ProblemError
 from kilocopy.spec import AwsLauncher, Deploy, GcpLauncher, Spec
@@ -55,19 +55,23 @@ def config(spec: Spec) -> dict[str, Any]:
         },
         "head_node_type": "head",
         "file_mounts": mounts,
-        "head_start_ray_commands": ["ray stop", _start(f"--head --port={GCS_PORT} --num-cpus=0 --num-gpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml")],
-        "worker_start_ray_commands": ["ray stop", _start(f"--address=$RAY_HEAD_IP:{GCS_PORT} --num-cpus={deploy.node.cpus}")],
+        "head_start_ray_commands": ["ray stop", _start(spec, f"--head --port={GCS_PORT} --num-cpus=0 --num-gpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml")],
+        "worker_start_ray_commands": ["ray stop", _start(spec, f"--address=$RAY_HEAD_IP:{GCS_PORT} --num-cpus={deploy.node.cpus}")],
     }
 
 
-def _start(how: str) -> str:
-    return f"ulimit -n 65536; ray start {how} --metrics-export-port={METRICS_PORT} --object-store-memory={OBJECT_STORE_BYTES}"
+def _files(spec: Spec) -> int:
+    return max(65536, files_for(connections(spec)))
+
+
+def _start(spec: Spec, how: str) -> str:
+    return f"ulimit -n {_files(spec)}; ray start {how} --metrics-export-port={METRICS_PORT} --object-store-memory={OBJECT_STORE_BYTES}"
 
 
 def _run_options(spec: Spec, deploy: Deploy) -> list[str]:
     """What every container is started with: Serve reads its environment before any configuration."""
     variables = environment(spec, IMAGE_CHECKOUT) | {"RAY_AUTH_MODE": "token"}
-    return [f"--env={key}={value}" for key, value in variables.items()] + [f"--shm-size={deploy.node.shm_gib}g", "--ulimit=nofile=65536:65536"]
+    return [f"--env={key}={value}" for key, value in variables.items()] + [f"--shm-size={deploy.node.shm_gib}g", f"--ulimit=nofile={_files(spec)}:{_files(spec)}"]
 
 
 def _provider(launcher: AwsLauncher | GcpLauncher) -> dict[str, Any]:
@@ -117,6 +121,8 @@ def up(spec: Spec, folder: Path, say: Callable[[str], None], *, poll_s: float = 
     done = call(["ray", "up", "--yes", "--no-config-cache", "cluster.yaml"], timeout_s=3600, cwd=folder)
     if done.code:
         said = done.out + done.error
+        if "ImportError" in said:  # of the cloud's library, which Ray names
+            raise ProblemError(f"ray up: {done.said} Nothing was started.")
         cure = next((what for words, what in CURES if any(word in said for word in words)), "its own words say why")
         raise ProblemError(f"ray up: {done.said}; {cure}. Machines may be running: `kilocopy deploy delete` ends them")
     until_s, before = time.monotonic() + spec.cluster.start_timeout_s, -1
@@ -151,5 +157,7 @@ def down(folder: Path, say: Callable[[str], None]) -> None:
     """`ray down`: ends every machine of this cluster. Raises ProblemError."""
     done = call(["ray", "down", "--yes", "cluster.yaml"], timeout_s=1800, cwd=folder)
     if done.code:
+        if "ImportError" in done.error:
+            raise ProblemError(f"ray down: {done.said} Nothing was asked of the cloud: machines that were started from elsewhere still run.")
         raise ProblemError(f"ray down: {done.said}; look into the cloud's console whether machines still run")
     say("ray down: the cluster's machines are ended")

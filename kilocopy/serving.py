@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -22,11 +23,12 @@ from typing import Any
 
 import psutil
 
+from kilocopy.application import FILES_PER_CONNECTION, FILES_SPARE, connections, files_for
 from kilocopy.manifest import CHECKOUT, search_path
 from kilocopy.problem import ProblemError
 from kilocopy.receiving import TOKEN
 from kilocopy.scrape import write_targets
-from kilocopy.spec import CpuReplica, Spec
+from kilocopy.spec import CpuReplica, Spec, streams_max
 
 MARK = "KILOCOPY_SERVE_ID"
 
@@ -86,6 +88,7 @@ def check(spec: Spec) -> None:
             f"{CHECKOUT}: serving runs from the checkout, and cluster/ is not beside the installed package; clone the repository and run `make setup`"
         )
     enough_gpus(spec)
+    enough_files(spec)
     if spec.cluster.address == "local":
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,6 +128,20 @@ def enough_gpus(spec: Spec) -> None:
         raise ProblemError(
             f"cluster: {spec.cluster.replicas} replicas need {spec.cluster.devices:g} GPUs, this host has {have}; use fewer replicas, hardware.kind: cpu, or the address of a Ray cluster"
         )
+
+
+def connections_here(spec: Spec) -> int:
+    """HAProxy's limit on this host: fewer than the spec's own where not so many files may be open."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return connections(spec) if hard == resource.RLIM_INFINITY else min(connections(spec), int((hard - FILES_SPARE) / FILES_PER_CONNECTION))
+
+
+def enough_files(spec: Spec) -> None:
+    """HAProxy needs a connection for each copy at the least. Raises ProblemError."""
+    copies = max(streams_max(stage) for stage in spec.stages)
+    if spec.cluster.address == "local" and spec.cluster.routing == "direct" and connections_here(spec) < copies:
+        hard, need = resource.getrlimit(resource.RLIMIT_NOFILE)[1], files_for(copies)
+        raise ProblemError(f"stages: HAProxy needs {need} open files for {copies} copies, this shell allows {hard}; `ulimit -Hn {need}` as root (LimitNOFILE in systemd), or fewer copies")
 
 
 def start(spec: Spec, on_change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

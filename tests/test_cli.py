@@ -103,6 +103,13 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         assert f"cluster.port {port} is in use" in refused(kilocopy("serve", spec_file(tmp_path, port=port), cwd=tmp_path))
 
 
+def test_more_copies_than_haproxy_may_open_files_for_are_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kilocopy", "serve", str(spec_file(tmp_path, port=1))]
+    done = subprocess.run(["bash", "-c", 'ulimit -n 600; exec "$@"', "serve", *command], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"KILOCOPY_STATE": str(tmp_path / "state")}, timeout=100, check=False)  # fmt: skip
+    assert "HAProxy needs 660 open files for 64 copies, this shell allows 600" in refused(done)
+
+
 def test_more_gpus_than_the_host_has_is_refused(tmp_path: Path) -> None:
     path = spec_file(tmp_path, replicas=64, hardware={"kind": "gpu", "gpus_per_replica": 1})
     assert "need 64 GPUs" in refused(kilocopy("serve", path, cwd=tmp_path))

