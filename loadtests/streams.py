@@ -348,14 +348,26 @@ class Connection:
         elif self._tls is not None and self._tls.over:
             self._lost(now_ns, "the server ended the TLS connection")
 
-    def send(self, data: bytes, deadline_ns: int) -> None:
-        """Hand a request to the kernel. Raises OSError where the connection is gone, TimeoutError past the deadline."""
+    def send(self, data: bytes, stream: Stream, deadline_ns: int) -> None:
+        """Hand a stream's request to the kernel, until its answer ends. Raises OSError where the connection is gone, TimeoutError past the deadline."""
+        self.stream = stream
         view = memoryview(self._tls.encrypt(data) if self._tls else data)
         while view:
             try:
                 view = view[self.sock.send(view) :]
             except BlockingIOError:
-                wait(self.fd, deadline_ns)
+                wait(self.fd, stream.ended, deadline_ns)
+                if stream.ended.is_set():  # answered before it was all sent (413, 401): the rest would be taken for the next request
+                    self.close()
+                    return
+
+    def read_on(self, now_ns: int) -> None:
+        """The server takes no more of the request: what it said before (413, 429) still lies in the socket."""
+        stream, before = self.stream, -1
+        while stream is not None and self.stream is stream and stream.bytes != before:
+            before = stream.bytes
+            self.receive(now_ns)
+            self.bring_up()
 
     def _finish(self, now_ns: int) -> None:
         stream, self.stream = self.stream, None
@@ -451,15 +463,21 @@ class _Tls:
         return b"".join(plain)
 
 
-def wait(fd: int, deadline_ns: int) -> None:
-    """Let this greenlet sleep until a socket takes more bytes. Raises TimeoutError past the deadline."""
-    hub = gevent.get_hub()
-    watcher = hub.loop.io(fd, 2)
-    left_s = (deadline_ns - time.perf_counter_ns()) / 1e9
+def wait(fd: int, ended: Event, deadline_ns: int) -> None:
+    """Let this greenlet sleep until a socket takes more bytes or the stream has ended. Raises TimeoutError past the deadline."""
+    watcher, woken = gevent.get_hub().loop.io(fd, 2), Event()
+
+    def wake(*_: object) -> None:
+        woken.set()
+
     try:
-        with gevent.Timeout(max(left_s, 0.001), TimeoutError("the server does not take the request")):
-            hub.wait(watcher)
+        watcher.start(wake)
+        ended.rawlink(wake)
+        if not woken.wait(max((deadline_ns - time.perf_counter_ns()) / 1e9, 0.001)):
+            raise TimeoutError
     finally:
+        ended.unlink(wake)
+        watcher.stop()
         watcher.close()
 
 
@@ -673,19 +691,21 @@ class Client:
             if self._connection is None or self._connection.closed:
                 self._connection = self._connect()
             connection = self._connection
-            connection.stream = stream
             self._reader.open_streams.add(stream)
             stream.alive_ns = stream.sent_ns
-            connection.send(request, deadline_ns)
+            connection.send(request, stream, deadline_ns)
         except TimeoutError:
-            self._abandon(stream, "timeout_connect", f"no connection to {self._target.authority} within {self._timeouts.connect_s:g} s")
+            connected = self._connection is not None and self._connection.stream is stream
+            what = f"{self._target.authority} did not take the request" if connected else f"no connection to {self._target.authority}"
+            self._abandon(stream, "timeout_connect", f"{what} within {self._timeouts.connect_s:g} s")
             return False
         except (OSError, UnicodeError) as error:
-            if isinstance(error, OSError) and error.errno in OWN_LIMITS:
+            if own := own_limit(error):
                 self._reader.exhausted += 1
-                self._abandon(stream, "refused", f"the driver's host has no socket or port left for it: {_why(error)}")
+                self._abandon(stream, "refused", f"the driver's host has no socket or port left for it: {own}")
                 return False
-            # An early answer (413, 429) may lie in the socket although the rest of the request was not taken.
+            if self._connection is not None and self._connection.stream is stream:
+                self._connection.read_on(time.perf_counter_ns())
             self._abandon(stream, "refused", f"{self._target.authority}: {_why(error)}")
             return False
         return True
@@ -748,6 +768,19 @@ def _address(location: bytes) -> str:
         return "something that is no address"
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}" if host else parts.path
+
+
+def own_limit(error: Exception) -> str | None:
+    """What this host has no more of, in words, where that and no server or name is why a connection failed; None where it is not.
+
+    A resolver that could open neither /etc/hosts nor a socket says anything but that (name unknown, device busy): so a socket is tried.
+    """
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | ssl.SSLError):
+        try:
+            _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM).close()
+        except OSError as probe:
+            error = probe
+    return _why(error) if isinstance(error, OSError) and error.errno in OWN_LIMITS else None
 
 
 def _why(error: Exception) -> str:

@@ -11,6 +11,7 @@ import resource
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -240,6 +241,49 @@ def test_every_mode_has_its_outcome() -> None:
     """No mode of the fault server that the table above, or a test of its own, leaves out."""
     here = Path(__file__).read_text()
     assert [mode for mode in modes() if f'"{mode}"' not in here] == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("then", ["hang", "close", "reset", "drain"])
+@pytest.mark.parametrize("status", [401, 413, 429])
+def test_an_answer_before_the_request_was_all_sent_is_a_row_of_its_own(reader: Reader, status: int, then: str) -> None:
+    """A server that has seen enough answers, and takes nothing more of a body that is larger than all buffers; the next request is none of it."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        serving = threading.Thread(target=answer_early, args=(listening, status, then), daemon=True)
+        serving.start()
+        client = Client(reader, Target.parse(f"http://127.0.0.1:{listening.getsockname()[1]}"), TIMEOUTS)
+        for _ in range(2):
+            stream, begun_s = Stream(), time.perf_counter()
+            client.ask(PATH, b"x" * (32 * 2**20), stream)
+            took_s = time.perf_counter() - begun_s
+            outcome, error = _outcome(stream, decode(stream.pieces, stream.stamps_ns))
+            assert (outcome, stream.status, error) == ("http_429" if status == 429 else "http_4xx", status, f"HTTP {status}: too large")
+            assert took_s < 0.8  # and not the time limit
+        client.close()
+        serving.join(5)
+        assert not serving.is_alive()  # each request came over a connection of its own
+    assert not reader.open_streams
+    assert reader.connections == 0
+
+
+def answer_early(listening: socket.socket, status: int, then: str) -> None:
+    """Answer two connections after the first bytes of their requests."""
+    kept = []
+    for _ in range(2):
+        client, _ = listening.accept()
+        kept.append(client)
+        client.recv(65536)
+        time.sleep(0.05)
+        client.sendall(f"HTTP/1.1 {status} No\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\ntoo large".encode())
+        if then == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if then in {"close", "reset"}:
+            time.sleep(0.02)
+            client.close()
+        if then == "drain":
+            for _ in range(100):
+                client.recv(1000)
+                time.sleep(0.002)
 
 
 @pytest.mark.timeout(20)
@@ -609,6 +653,28 @@ def test_an_answer_without_end_ends() -> None:
 
 
 # --- this host's own limits ---
+
+
+def test_a_name_that_this_host_has_no_socket_to_look_up_is_not_the_servers_refusal(reader: Reader) -> None:
+    """The resolver says that the name is unknown, or a device busy, where it could open neither /etc/hosts nor a socket."""
+    gevent_socket.getaddrinfo("localhost", 9)  # the resolver's thread is there
+    client, stream = Client(reader, Target.parse("http://localhost:9"), TIMEOUTS), Stream()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        client.ask(PATH, BODY, stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (stream.outcome, reader.exhausted) == ("refused", 1)
+    assert stream.error == "the driver's host has no socket or port left for it: Too many open files"
+
+
+def test_a_name_that_does_not_exist_is_not_the_hosts_limit(reader: Reader) -> None:
+    client, stream = Client(reader, Target.parse("http://no-such-host.invalid:9"), TIMEOUTS), Stream()
+    client.ask(PATH, BODY, stream)
+    assert (stream.outcome in {"refused", "timeout_connect"}, reader.exhausted) == (True, 0)
 
 
 def test_the_soft_limit_on_open_files_is_raised_to_the_need() -> None:
