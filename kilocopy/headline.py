@@ -47,12 +47,14 @@ def _search(index: int, asked: SearchStage, stages: Sequence[Stage], slo: Slo) -
 
 def as_level(stage: Stage, slo: Slo) -> search.Level:
     """A measured level as the search judges it: unsound where the driver decided, where it was not played to its end, and where it is
-    void for whatever else but errors and a full house, which are the server's own and miss the SLO.
+    void for whatever else but errors, a full house, and a backlog that grew while streams missed the SLO: those are the server's own.
     """
     codes = {reason.code for reason in stage.verdict.reasons}
     sound = not stage.driver.limited and "interrupted" not in codes and stage.copies.error_fraction is not None
-    sound = sound and ((stage.copies.error_fraction or 0.0) > slo.error_fraction_max or codes <= {"sends-dropped"})
     attained = stage.copies.slo_attained
+    missed = attained is not None and search.wilson(attained, stage.copies.slo_judged)[1] < slo.quantile
+    own = {"sends-dropped", "backlog-grows"} if missed else {"sends-dropped"}
+    sound = sound and ((stage.copies.error_fraction or 0.0) > slo.error_fraction_max or codes <= own)
     return search.Level(
         load=stage.load or 0.0,
         judged=0 if attained is None else stage.copies.slo_judged,

@@ -67,10 +67,29 @@ def summarise(run_dir: Path) -> Summary:
     )
 
 
+def level(run_dir: Path, index: int, number: int, rows: int, *, scraped: bool) -> Stage | None:
+    """A level of a search, while its run goes on, as the report will show it (without its cost); None as long as fewer rows are there.
+
+    `scraped`: also as long as servers are scraped and were not since the level settled. Raises ProblemError as `summarise`.
+    """
+    manifest = read_manifest(run_dir)
+    recorded = _recorded(run_dir)
+    span = next((span for span in windows.spans(recorded.events) if (span.index, span.level) == (index, number)), None)
+    if span is None or span.settled_s is None or len(recorded.of(index, number).stage) < rows:
+        return None
+    if scraped and len(recorded.server.time_s) and recorded.server.time_s.max() < span.settled_s:
+        return None
+    return measure.stage(_spec(run_dir, manifest), recorded, span, manifest)
+
+
+def _recorded(run_dir: Path) -> recording.Recording:
+    loaded = recording.load(run_dir)
+    return replace(loaded, server=replicas.living(loaded.server, replicas.lost_s(loaded.events)))
+
+
 def _measured(run_dir: Path, manifest: dict[str, Any]) -> Measured:
     spec = _spec(run_dir, manifest)
-    loaded = recording.load(run_dir)
-    recorded = replace(loaded, server=replicas.living(loaded.server, replicas.lost_s(loaded.events)))
+    recorded = _recorded(run_dir)
     found = [span for span in windows.spans(recorded.events) if 0 <= span.index < len(spec.stages)]
     stages = nodes.counted(spec, [_stage(spec, recorded, span, manifest) for span in found], recorded)
     return Measured(manifest, spec, recorded, found, stages)

@@ -15,18 +15,17 @@ from typing import Any, Literal
 from kilocopy.spec import SearchStage, Slo
 
 Z_95 = 1.959963984540054
-# What the driver may do to a level before it says nothing about the server; the same bounds as a stage's verdict.
+# What the driver may do to a stage before it says nothing about the server.
 LAG_S_MAX, LAG_ITL_FRACTION = 0.005, 0.10
 SEND_LAG_S_MAX = 0.05
 CPU_FRACTION_MAX = 0.95
-UNREADY_FRACTION_MAX = 0.01  # of a level's requests, that the driver had no stream or no socket for
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """One load as it was tried: how many ok streams were judged, how many attained the SLO, and what share of requests failed.
 
-    `sound` is False where the driver, and not the server, decided what was seen: such a level says nothing about the server.
+    `sound` is False where the driver, and not the server, decided what was seen, or the level is void: it says nothing about the server.
     `independent`: the part of the streams that counts for an interval, where it is known how alike streams of one moment are.
     """
 
@@ -59,12 +58,6 @@ def attains(row: Mapping[str, Any], slo: Slo, *, from_scheduled: bool, samples: 
     soon = row["first_token_ns"] - begun_ns <= slo.ttft_s * 1e9
     steps = max(row["output_tokens"] / samples - 1, 0)
     return bool(soon and steps * 1e9 >= slo.tokens_per_s_per_copy * (row["last_token_ns"] - row["first_token_ns"]))
-
-
-def sound(loop_lag_p99_s: float, cpu_fraction: float, send_lag_p99_s: float, itl_s: float) -> bool:
-    """Whether the driver kept up well enough that what was seen is the server's doing."""
-    lag_s_max = max(LAG_S_MAX, LAG_ITL_FRACTION * itl_s)
-    return loop_lag_p99_s <= lag_s_max and cpu_fraction <= CPU_FRACTION_MAX and send_lag_p99_s <= SEND_LAG_S_MAX
 
 
 def pooled(levels: Sequence[Level]) -> list[Level]:
@@ -138,7 +131,8 @@ def answer(stage: SearchStage, levels: Sequence[Level], slo: Slo) -> Answer:
 def following(stage: SearchStage, levels: Sequence[Level], slo: Slo) -> float | None:
     """The next load to try, or None where the search is over.
 
-    A load that the driver could not hold ends the search: larger ones would only measure the driver.
+    A load that is unsound twice is neither held nor missed. No larger one is tried, since that would only measure the driver; smaller
+    ones are judged by themselves, and the answer says why it ended there.
     """
     if not levels:
         return stage.start

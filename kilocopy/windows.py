@@ -230,7 +230,7 @@ def _backlog(streams: Streams, window: Window, grown: float) -> Reason:
     went = int(((streams.finished_s >= window.start_s) & (streams.finished_s < window.end_s)).sum()) / window.duration_s
     seen = f"requests in flight grew by {grown:.0f} over the window: {came:.3g} came and {went:.3g} ended each second"
     said = "the rate is above what the server can take, or the warm-up is shorter than a request"
-    return Reason(code="no-steady-state", sentence=f"No steady state: {seen}. So {said}.")
+    return Reason(code="backlog-grows", sentence=f"No steady state: {seen}. So {said}.")
 
 
 def in_flight(streams: Streams, window: Window) -> Floats:

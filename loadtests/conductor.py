@@ -1,14 +1,15 @@
 """Goes through the stages of a spec: what is played next, and what comes between.
 
-A plain stage is one level; a search stage is as many as it takes (kilocopy/search.py decides from what each level showed). After
-each level the conductor waits until the servers' counters had time to be scraped (settle).
+A plain stage is one level; a search stage is as many as it takes (kilocopy/search.py decides from what each level showed, which
+is read from the records as the report will read them). After each level the conductor waits until the servers' counters had time
+to be scraped (settle).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from pathlib import Path
 
 import gevent
 
@@ -16,17 +17,18 @@ from kilocopy import schedule, search
 from kilocopy.records import Events
 from kilocopy.search import Level
 from kilocopy.spec import ClosedStage, PlainStage, SearchStage, Spec
-from loadtests.player import Report
 from loadtests.team import Alone, Workers, streams_of
 
 RATE_OVER_S = 3.0
+RECORDS_S = 10.0  # for rows to come home from other hosts, and for the scrape that closes a level's account
+POLL_S = 0.2
 
 
 class Conductor:
     """The run, in one greenlet: `perform`. Locust's shape reads `users` and `complete`."""
 
-    def __init__(self, spec: Spec, team: Alone | Workers, events: Events, *, settle_s: float) -> None:
-        self._spec, self._team, self._events, self._settle_s = spec, team, events, settle_s
+    def __init__(self, spec: Spec, team: Alone | Workers, events: Events, run_dir: Path, *, settle_s: float) -> None:
+        self._spec, self._team, self._events, self._run_dir, self._settle_s = spec, team, events, run_dir, settle_s
         self._index, self._level = 0, 0
         self._stage: PlainStage = _first(spec)
         self._begun_s = time.monotonic()
@@ -51,10 +53,24 @@ class Conductor:
     def _search(self, index: int, stage: SearchStage) -> None:
         tried: list[Level] = []
         while (load := search.following(stage, tried, self._spec.slo)) is not None:
-            reports = self._play(index, len(tried), stage.at(load), load)
-            tried.append(as_level(load, reports, self._workers))
+            rows = self._play(index, len(tried), stage.at(load), load)
+            tried.append(self._judge(index, len(tried), load, rows))
 
-    def _play(self, index: int, level: int, stage: PlainStage, load: float | None) -> list[Report]:
+    def _judge(self, index: int, level: int, load: float, rows: int) -> Level:
+        """A level as the report judges it: by its window, whether that was steady, the copies in flight, the driver and the counters.
+
+        Unsound where its rows are not all there: then nobody knows what it showed.
+        """
+        from kilocopy import headline, recompute  # noqa: PLC0415  half a second, for what only searches need
+
+        deadline_s, late = time.monotonic() + RECORDS_S, False
+        while (measured := recompute.level(self._run_dir, index, level, rows, scraped=not late)) is None and not late:
+            gevent.sleep(POLL_S)
+            late = time.monotonic() > deadline_s
+        return Level(load, 0, 0, sound=False) if measured is None else headline.as_level(measured, self._spec.slo)
+
+    def _play(self, index: int, level: int, stage: PlainStage, load: float | None) -> int:
+        """Play a level; returns how many rows it has."""
         self._index, self._level, self._stage, self._settling = index, level, stage, False
         workers = self._team.workers
         # Never fewer: an idle user costs nothing. One more for each worker that is gone: Locust deals users out anew only for a new number.
@@ -65,7 +81,7 @@ class Conductor:
         self._settling = True
         gevent.sleep(self._settle_s)
         self._events.write("stage_settled", stage=index, level=level)
-        return reports
+        return sum(report.rows for report in reports)
 
     def progress(self) -> str:
         """One JSON line about how far the run is; `tokens_per_s` is over the last three seconds and takes an event for a token."""
@@ -99,27 +115,6 @@ class Conductor:
                 return None
             total_s += length_s + self._settle_s
         return round(max(0.0, total_s - (time.monotonic() - self._begun_s)), 1)
-
-
-def as_level(load: float, reports: Sequence[Report], workers: int) -> Level:
-    """What a search learns from a level: the sum over the workers; unsound where any of them was lost, could not keep up, or had no room."""
-    finished = sum(report.finished for report in reports)
-    failed = sum(report.failed + report.dropped for report in reports)
-    return Level(
-        load=load,
-        judged=sum(report.judged for report in reports),
-        attained=sum(report.attained for report in reports),
-        error_fraction=failed / finished if finished else 0.0,
-        sound=len(reports) == workers
-        and sum(report.unready for report in reports) <= search.UNREADY_FRACTION_MAX * finished
-        and all(_kept_up(report) for report in reports),
-    )
-
-
-def _kept_up(report: Report) -> bool:
-    if report.loop_lag_p99_s is None or report.cpu_fraction is None:
-        return False
-    return search.sound(report.loop_lag_p99_s, report.cpu_fraction, report.send_lag_p99_s, report.tpot_mean_s)
 
 
 def share_of_users(stage: PlainStage, workers: int) -> int:

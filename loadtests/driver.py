@@ -62,7 +62,7 @@ class Streams:
             )
         except OSError as error:
             raise ProblemError(f"{run_dir}: cannot be recorded to: {error.strerror}") from None
-        self.player = Player(workload, self.recorder, spec.slo, fire=fire)
+        self.player = Player(workload, self.recorder, fire=fire)
         self.recorder.phase = lambda: self.phase
         self.reader.start(spec.workload.timeouts)
         gc.collect()
@@ -182,7 +182,7 @@ class Driver:
             self.streams = self._make_streams(self.spec, self.workload, run_dir, url, 0)
             events = self.streams.recorder.events
             team = Alone(self.spec, self.streams.player, self.streams.progress, self._close_records)
-        conductor = self.conductor = Conductor(self.spec, team, events, settle_s=self.settle_s)
+        conductor = self.conductor = Conductor(self.spec, team, events, run_dir, settle_s=self.settle_s)
         work = [self._perform]
         work += [self._say_for_ever] if self.streams is None else self._upkeep(self.streams, lambda: self._say(conductor.progress()))
         self._greenlets = [gevent.spawn(self._guarded, each) for each in work]

@@ -13,14 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import gevent
-import numpy as np
 from gevent.event import AsyncResult, Event
 
 from kilocopy import schedule
 from kilocopy.problem import ProblemError
 from kilocopy.schedule import Arrival, ClosedPlan, CopyStart, Plan
-from kilocopy.search import attains
-from kilocopy.spec import Slo
 from loadtests.recorder import Recorder
 from loadtests.streams import Client, Stream
 from loadtests.workload import Workload
@@ -32,21 +29,12 @@ Fire = Callable[[dict[str, Any], Stream], None]
 
 @dataclass(slots=True)
 class Report:
-    """What one process saw of a level, for a search's next step; the run's report counts again from the records."""
+    """A process has played its part of a level, and this many rows of it are in its records: a search waits for them."""
 
     worker: int
     stage: int
     level: int
-    judged: int = 0  # ok streams that were sent in the level's nominal window
-    attained: int = 0
-    failed: int = 0
-    unready: int = 0  # requests that this host, and not the server, had no room for
-    finished: int = 0
-    dropped: int = 0
-    send_lag_p99_s: float = 0.0
-    loop_lag_p99_s: float | None = None  # None: nothing was seen of it, so nothing vouches for the level
-    cpu_fraction: float | None = None
-    tpot_mean_s: float = 0.0
+    rows: int
 
     def as_message(self) -> dict[str, Any]:
         """For the way from a worker to the master."""
@@ -63,9 +51,7 @@ class Level:
     playing: int = 0
     stopped: Event = field(default_factory=Event)
     emptied: Event = field(default_factory=Event)
-    searching: bool = False
-    unready: int = 0  # arrivals for which no stream was free, though max_in_flight allowed one more
-    window: list[dict[str, Any]] = field(default_factory=list)  # a search's requests that were due inside the nominal window
+    rows: int = 0
 
     @property
     def elapsed_s(self) -> float:
@@ -97,8 +83,8 @@ class Level:
 class Player:
     """This process's streams. `perform` plays one level; each Locust user calls `serve` and stays there."""
 
-    def __init__(self, workload: Workload, recorder: Recorder, slo: Slo, *, fire: Fire) -> None:
-        self._workload, self._recorder, self._slo, self._fire = workload, recorder, slo, fire
+    def __init__(self, workload: Workload, recorder: Recorder, *, fire: Fire) -> None:
+        self._workload, self._recorder, self._fire = workload, recorder, fire
         self._idle: list[AsyncResult] = []
         self._joined = Event()
         self.level: Level | None = None
@@ -117,31 +103,27 @@ class Player:
         self.gather(plan)
         begun_ns = time.perf_counter_ns() if begin_ns is None else begin_ns
         gevent.sleep(max(0.0, (begun_ns - time.perf_counter_ns()) / 1e9))
-        level = self.level = Level(plan, begun_ns, searching=load is not None)
+        level = self.level = Level(plan, begun_ns)
         exhausted = recorder.exhausted
         recorder.begin(plan.stage, plan.level, len(plan.starts) if isinstance(plan, ClosedPlan) else None)
         recorder.events.write("stage_start", **place, load=load, workers=workers)
-        mark = gevent.spawn_later(plan.warm_s, recorder.mark) if level.searching else None
         if isinstance(plan, ClosedPlan):
             self._play_copies(level, plan)
         else:
             self._play_arrivals(level)
         level.stopped.set()
-        health = recorder.since_mark()
         if not isinstance(plan, ClosedPlan) or plan.starts or plan.stop_s is not None:  # who has no copy has not stopped asking
             recorder.events.write("stage_stop_asking", **place)
         self.phase = "drain"
         level.drained()
-        if mark is not None:
-            mark.kill()
         exhausted = recorder.exhausted - exhausted
         if exhausted:
             recorder.events.write("sockets_exhausted", **place, requests=exhausted)
-        level.unready += exhausted
         recorder.events.write("stage_drained", **place)
         recorder.begin(-1, 0, None)
         self.phase = "settle"
-        return self._report(level, health)
+        recorder.flush()
+        return Report(recorder.worker, plan.stage, plan.level, level.rows)
 
     def stop(self) -> None:
         """Send nothing more; what is open goes on to its end."""
@@ -169,14 +151,13 @@ class Player:
                 level.playing += 1
                 self._idle.pop().set((level, arrival))
             else:
-                level.unready += level.playing < plan.slots
                 self._drop(level, arrival)
         level.stopped.wait(max(0.0, plan.stop_s - level.elapsed_s))
 
     def _drop(self, level: Level, arrival: Arrival) -> None:
         due_ns = level.begun_ns + round(arrival.at_s * 1e9)
-        row = self._recorder.dropped(self._place(level, arrival.index, 0), due_ns)
-        self._note(level, row)
+        self._recorder.dropped(self._place(level, arrival.index, 0), due_ns)
+        level.rows += 1
 
     def _wait_for_users(self, count: int) -> None:
         """Until Locust has made as many users as streams are needed, and each waits for a part."""
@@ -249,7 +230,7 @@ class Player:
         finally:  # also when this greenlet is being killed: a cancelled stream is a row like every other
             recorder.in_flight -= 1
             row, text = recorder.finished(place, scheduled_ns, stream, lambda: {"request": body.decode(), "answer": self._workload.answer(**place)})
-            self._note(level, row)
+            level.rows += 1
             self._fire(row, stream)
         if self._workload.turns > 1:
             history.append(text)
@@ -259,41 +240,6 @@ class Player:
     def _place(level: Level, copy: int, sequence: int) -> dict[str, int]:
         return {"stage": level.plan.stage, "level": level.plan.level, "copy": copy, "sequence": sequence}
 
-    def _note(self, level: Level, row: dict[str, Any]) -> None:
-        """Keep what a search asks of a request, of its levels only: hours of a plain stage must not grow."""
-        if not level.searching:
-            return
-        due_s = (row["scheduled_ns"] - level.begun_ns) / 1e9
-        if due_s >= level.plan.warm_s:
-            open_loop = not isinstance(level.plan, ClosedPlan)
-            level.window.append(
-                {
-                    "outcome": row["outcome"],
-                    "attained": row["outcome"] == "ok" and attains(row, self._slo, from_scheduled=open_loop, samples=self._workload.samples),
-                    "send_lag_s": None if row["sent_ns"] is None else (row["sent_ns"] - row["scheduled_ns"]) / 1e9,
-                    "tpot_s": _tpot_s(row, self._workload.samples),
-                }
-            )
-
-    def _report(self, level: Level, health: dict[str, float]) -> Report:
-        rows = level.window
-        lags_s = [row["send_lag_s"] for row in rows if row["send_lag_s"] is not None]
-        tpots_s = [row["tpot_s"] for row in rows if row["tpot_s"] is not None]
-        return Report(
-            worker=self._recorder.worker,
-            stage=level.plan.stage,
-            level=level.plan.level,
-            judged=sum(row["outcome"] == "ok" for row in rows),
-            attained=sum(row["attained"] for row in rows),
-            failed=sum(row["outcome"] not in {"ok", "cancelled", "dropped"} for row in rows),
-            unready=level.unready,
-            finished=len(rows),
-            dropped=sum(row["outcome"] == "dropped" for row in rows),
-            send_lag_p99_s=float(np.percentile(lags_s, 99)) if lags_s else 0.0,
-            tpot_mean_s=float(np.mean(tpots_s)) if tpots_s else 0.0,
-            **health,
-        )
-
 
 def backoff_s(failures: int, copy: int, sequence: int) -> float:
     """How long a copy waits after so many failures in a row, s: twice as long each time, times 0.5 to 1.5.
@@ -302,13 +248,3 @@ def backoff_s(failures: int, copy: int, sequence: int) -> float:
     """
     whole_s = min(BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10), BACKOFF_MAX_S)
     return whole_s * (0.5 + schedule.draw(sequence, "backoff", copy) / 2**31)
-
-
-def _tpot_s(row: dict[str, Any], samples: int) -> float | None:
-    """Time per token of a request, or of the mean sample of one with several; None where there is none: no text, or never sent."""
-    if row["outcome"] != "ok" or row["first_token_ns"] is None:
-        return None
-    tokens = (row["output_tokens"] or 0) / samples
-    if tokens < 2:
-        return None
-    return float((row["last_token_ns"] - row["first_token_ns"]) / 1e9 / (tokens - 1))

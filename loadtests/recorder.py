@@ -45,8 +45,6 @@ class Recorder:
         self._texts = Writer(run_dir, "texts", process) if keep_texts else None
         self._process = psutil.Process()
         self._lags_us: list[int] = []
-        self._marked_lags_us: list[int] | None = None  # since the mark, where one was set
-        self._mark = (0.0, 0.0)
         self._stage, self._level = -1, 0
         self._copies: int | None = None
         self.phase: Callable[[], str] = lambda: "ramp"
@@ -62,27 +60,14 @@ class Recorder:
 
     def begin(self, stage: int, level: int, copies: int | None) -> None:
         """A level begins, with this many copies of this process' in closed loop; -1: none is being played."""
-        self._stage, self._level, self._copies, self._marked_lags_us = stage, level, copies, None
-
-    def mark(self) -> None:
-        """The warm-up of a search's level is over: `since_mark` counts from here."""
-        self._marked_lags_us, self._mark = [], (time.perf_counter(), self._cpu_s())
-
-    def since_mark(self) -> dict[str, float]:
-        """How this process did since the mark: p99 of its loop lag, and its share of a core; empty without a mark."""
-        if not self._marked_lags_us:
-            return {}
-        then_s, cpu_s = self._mark
-        seconds = time.perf_counter() - then_s
-        lag_us = float(np.percentile(self._marked_lags_us, 99))
-        return {"loop_lag_p99_s": lag_us / 1e6, "cpu_fraction": (self._cpu_s() - cpu_s) / seconds}
+        self._stage, self._level, self._copies = stage, level, copies
 
     def _cpu_s(self) -> float:
         cpu = self._process.cpu_times()
         return float(cpu.user + cpu.system)
 
-    def dropped(self, place: dict[str, int], scheduled_ns: int) -> dict[str, Any]:
-        """Keep the row of an arrival that was never sent, since no stream was free for it. Returns the row."""
+    def dropped(self, place: dict[str, int], scheduled_ns: int) -> None:
+        """Keep the row of an arrival that was never sent, since no stream was free for it."""
         row: dict[str, Any] = {
             **place,
             "worker": self.worker,
@@ -93,7 +78,6 @@ class Recorder:
             "error": "no stream was free when it was due (max_in_flight)",
         }
         self._keep(row, _NO_GAPS)
-        return row
 
     def _keep(self, row: dict[str, Any], gaps_us: npt.NDArray[np.uint32]) -> None:
         self.outcomes[row["outcome"]] += 1
@@ -141,10 +125,7 @@ class Recorder:
         while True:
             due_ns = time.perf_counter_ns() + int(PROBE_S * 1e9)
             gevent.sleep(PROBE_S)
-            lag_us = max(0, time.perf_counter_ns() - due_ns) // 1000
-            self._lags_us.append(lag_us)
-            if self._marked_lags_us is not None:
-                self._marked_lags_us.append(lag_us)
+            self._lags_us.append(max(0, time.perf_counter_ns() - due_ns) // 1000)
 
     def sample(self) -> None:
         """Keep one row of the driver's health."""

@@ -779,7 +779,7 @@ def test_a_growing_backlog_is_no_steady_state(tmp_path: Path) -> None:
         free_s[server] = run.stream(at_s, ttft_s=begun_s - at_s + 0.1, copy=n)
     run.marks(0, 0, 42, max(free_s))
     reasons = stage_of(run.end(120)).verdict.reasons
-    backlog = next(reason for reason in reasons if reason.code == "no-steady-state")
+    backlog = next(reason for reason in reasons if reason.code == "backlog-grows")
     assert "above what the server can take" in backlog.sentence
     assert "10 came and 5 ended" in backlog.sentence
 

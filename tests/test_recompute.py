@@ -12,10 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kilocopy import recompute, search
+from kilocopy.headline import as_level
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.records import write_json
+from kilocopy.spec import Spec
 from kilocopy.summary import Summary
 from tests import synthetic
 from tests.synthetic import Run, ideal
@@ -283,6 +286,50 @@ def test_a_void_level_is_no_answer(tmp_path: Path) -> None:
     assert summary.headline.n_slo == 2
     assert (summary.searches[0].answer, summary.searches[0].reason) == (2, "unsound")
     assert "or its level is void" in summary.headline.n_slo_sentence
+
+
+def test_a_running_search_judges_a_level_as_the_report_does(tmp_path: Path) -> None:
+    """At 8 copies the loop is late: that level is not held, however fast its streams were."""
+    run, at_s, ends_s = Run(tmp_path, synthetic.spec(stages=[SEARCH])), 0.0, []
+    for number, load in enumerate([2, 4, 8]):
+        begun_s, at_s = at_s, run.stage(0, at_s, copies=load, place={"level": number, "load": float(load)}, gaps_s=[0.1] * 9) + 1
+        ends_s.append((begun_s, at_s))
+    for second in range(3, 21):
+        run.lag(ends_s[2][0] + second, lag_us=60_000)
+    path, slo = run.close(), Spec.model_validate(run.spec).slo
+    summary = summarise(path)
+    for number, shown in enumerate(summary.stages):
+        rows = shown.requests.scheduled
+        live = recompute.level(path, 0, number, rows, scraped=True)
+        assert live == shown.model_copy(update={"cost": None})
+        assert recompute.level(path, 0, number, rows + 1, scraped=True) is None  # not all of it has come home
+        assert live is not None
+        assert search.verdict(as_level(live, slo), slo) == summary.searches[0].levels[number].verdict
+    assert [level.verdict for level in summary.searches[0].levels] == ["held", "held", "unsound"]
+    assert recompute.level(path, 0, 3, 0, scraped=True) is None
+
+
+def test_a_level_waits_for_the_scrape_that_closes_its_account(tmp_path: Path) -> None:
+    run = search_of(tmp_path, [2], 16)
+    run.scrape(0.5, generation_tokens_total=0)
+    path = run.close()
+    assert recompute.level(path, 0, 0, 1, scraped=True) is None
+    assert recompute.level(path, 0, 0, 1, scraped=False) is not None
+
+
+def test_a_rate_whose_backlog_grows_and_that_misses_is_above_the_servers_limit(tmp_path: Path) -> None:
+    """Of 10 requests a second 5 end: in the long run none would be in time. The level is void, and yet it says so much."""
+    search_stage = SEARCH | {"over": "rate_per_s", "start": 10, "limit": 10}
+    run = Run(tmp_path, synthetic.spec(stages=[search_stage], slo={"tokens_per_s_per_copy": 1, "ttft_s": 1, "error_fraction_max": 0.1}))
+    for number in range(210):
+        due_s = number / 10
+        run.stream(due_s, 0.1 + due_s, copy=number)
+    run.marks(0, 0, 21, 43, level=0, load=10.0)
+    for second in range(21):
+        run.lag(second + 0.5)
+    summary = summarise(run.end(47))
+    assert {reason.code for reason in summary.stages[0].verdict.reasons} == {"backlog-grows"}
+    assert (summary.searches[0].levels[0].verdict, summary.searches[0].answer, summary.searches[0].high) == ("missed", None, 10)
 
 
 def test_a_rate_that_only_a_void_level_shows_is_not_said_to_hold(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from kilocopy.search import Answer, Level, answer, attains, following, holds, pooled, sound, verdict, wilson
+from kilocopy.search import Answer, Level, answer, attains, following, holds, pooled, verdict, wilson
 from kilocopy.spec import SearchStage, Slo
-from loadtests.conductor import as_level
-from loadtests.player import Report
 
 SLO = Slo(tokens_per_s_per_copy=10, quantile=0.9, ttft_s=2, error_fraction_max=0.01)
 
@@ -163,31 +161,3 @@ def test_a_stream_attains_by_speed_and_ttft() -> None:
     late = row(1.5, 10.5, 50, lag_s=0.6)
     assert attains(late, SLO, from_scheduled=False)
     assert not attains(late, SLO, from_scheduled=True)  # open loop: the wait before the send is the user's too
-
-
-def test_soundness_has_the_stages_bounds() -> None:
-    assert sound(0.005, 0.9, 0.05, 0.02)
-    assert sound(0.009, 0.9, 0.05, 0.1)  # a tenth of the gap between tokens
-    assert not sound(0.009, 0.9, 0.05, 0.02)
-    assert not sound(0.001, 0.96, 0.0, 0.02)
-    assert not sound(0.001, 0.5, 0.06, 0.02)
-
-
-def test_a_level_that_the_driver_had_no_room_for_is_unsound() -> None:
-    """Drops at full max_in_flight are the server's; those with room left, and requests without a socket, are the driver's."""
-    reports = [report(0, judged=50, attained=50, dropped=10, finished=60), report(1)]
-    assert verdict(as_level(8, reports, 2), SLO) == "missed"
-    reports[1].unready = 2
-    assert verdict(as_level(8, reports, 2), SLO) == "unsound"
-
-
-def report(worker: int, **changes: Any) -> Report:
-    seen = {"judged": 60, "attained": 60, "finished": 60, "loop_lag_p99_s": 0.001, "cpu_fraction": 0.5}
-    return Report(worker, 0, 0, **(seen | changes))
-
-
-def test_a_level_is_sound_only_if_every_share_of_it_was_seen_to_be() -> None:
-    assert verdict(as_level(8, [report(0), report(1)], 2), SLO) == "held"
-    assert verdict(as_level(8, [report(0)], 2), SLO) == "unsound"  # a worker was lost: the load was not the level's
-    assert verdict(as_level(8, [report(0), report(1, loop_lag_p99_s=None)], 2), SLO) == "unsound"
-    assert verdict(as_level(8, [report(0), report(1, cpu_fraction=None)], 2), SLO) == "unsound"
