@@ -45,6 +45,8 @@ EXIT_BUG, EXIT_DISK_FULL, EXIT_INTERRUPTED = 1, 3, 130
 PORTS_TRIED = 1024
 RECORDS_DIR = "KILOCOPY_RECORDS_DIR"  # set for a worker that joined from elsewhere: where its records go
 MASTER_S = 1.0  # how often the master says how far the run is
+LOCUST_LOOKS_BACK_S = 60  # Locust's own page and table look back 12 s
+CHART_POINTS = 720  # an hour of the chart on Locust's page
 
 
 class Streams:
@@ -223,6 +225,7 @@ class Driver:
             self._say(self.conductor.progress())
 
     def _say(self, line: str) -> None:
+        forget_seconds(self.environment.stats)
         try:
             print(line, flush=True)
         except BrokenPipeError:
@@ -339,6 +342,16 @@ class Driver:
                 self.environment.process_exit_code = EXIT_DISK_FULL
             self.streams = self.conductor = None
             self.opened.clear()
+
+
+def forget_seconds(stats: Any) -> None:
+    """Let Locust's statistics forget what they look at no more: else they keep a count for each second, of every stage, as long as a run lasts."""
+    begin_s = int(stats.last_request_timestamp or 0) - LOCUST_LOOKS_BACK_S
+    for entry in (stats.total, *stats.entries.values()):
+        for counts in (entry.num_reqs_per_sec, entry.num_fail_per_sec):
+            for second in [second for second in counts if second < begin_s]:
+                del counts[second]
+    del stats.history[:-CHART_POINTS]
 
 
 def _own_clock(begin: dict[str, Any], host: str) -> int:

@@ -12,7 +12,6 @@ import logging
 import math
 import re
 from bisect import bisect_left, bisect_right
-from functools import lru_cache
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from kilocopy import schedule
+from loadtests.memory import Remembered
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 WORDS_PER_TOKEN = 0.75  # assumed where the model's tokenizer cannot be had
@@ -42,7 +42,7 @@ class Passages:
         self._first = schedule.draw(seed, "prompts")
         self._stride = round((len(self._cuts) - 1) * GOLDEN)
         self._after_x = self._encoded("x", special=False)
-        self.after = lru_cache(1 << 15)(self._after)
+        self.after = Remembered(self._after, 2**20)  # a few labels are asked again and again, all else hardly
         self._local = True
         self._local = all(self._is_local(place) for place in range(16))
         self._missed = False

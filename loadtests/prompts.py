@@ -7,7 +7,6 @@ beginning differ, so that no prefix cache answers in place of the model, except 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 from kilocopy import schedule
 from kilocopy.problem import ProblemError
@@ -15,6 +14,7 @@ from kilocopy.spec import Spec, SyntheticPrompts, TraceStage
 from loadtests import datasets
 from loadtests.datasets import Message, Row
 from loadtests.lengths import Lengths
+from loadtests.memory import Remembered
 from loadtests.passages import Passages
 
 BLOCK_TOKENS = 512  # what one id of a trace's blocks stands for (Mooncake's traces)
@@ -41,8 +41,8 @@ class Prompts:
             self._check_room()
         else:
             self._rows = datasets.load(source, self._seed, warn, answers=self._examples > 0)
-        self._prefix = lru_cache(4096)(self._make_prefix)
-        self._block = lru_cache(8192)(self._make_block)
+        self._prefix = Remembered(self._make_prefix)
+        self._block = Remembered(self._make_block)
 
     def _check_room(self) -> None:
         needed = LEAST_TOKENS * (2 * self._examples + 1) + self._around

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 from kilocopy import schedule
@@ -13,6 +12,7 @@ from kilocopy.problem import ProblemError
 from kilocopy.spec import Spec, TraceStage
 from loadtests.datasets import Message
 from loadtests.lengths import Lengths
+from loadtests.memory import Remembered
 from loadtests.prompts import Prompts
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -37,7 +37,7 @@ class Workload:
                 raise ProblemError(f"stages[{index}]: a trace brings its own prompts: take workload.conversation and workload.examples out")
         self._prompts = Prompts(spec, warn)
         self._lengths = Lengths(asked.output_tokens, asked.seed, "output_tokens")
-        self._turn = lru_cache(4096)(self._prompts.turn)  # earlier turns are said again with every later one
+        self._turn = Remembered(self._prompts.turn)  # earlier turns are said again with every later one
         self._fixed: dict[str, Any] = {
             **asked.extra_body,
             "model": spec.model.id,
