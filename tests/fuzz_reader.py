@@ -3,11 +3,13 @@
     python tests/fuzz_reader.py -max_total_time=120 -max_len=4096 CORPUS
 
 The input's first byte says how the rest is split into reads and what head goes before it; the reads go through a socket pair and
-`Connection.receive`. An exception, an unknown outcome, or an outcome that depends on the split is a finding.
+`Connection.receive`, to the compiled reader where it was built and to the plain one. An exception, an unknown outcome, or an outcome
+that depends on the split or on the reader is a finding.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from tests.test_fuzz import play, recordable
 
 LEADS = (b"", CHUNKED.encode(), HEAD.encode() + b"\r\n", b"HTTP/1.1 200 OK\r\n")
 reader = Reader()
+os.environ["KILOCOPY_READER"] = "plain"
+plain_reader = Reader()
 
 
 def examine(data: bytes) -> None:
@@ -37,10 +41,10 @@ def examine(data: bytes) -> None:
         lead, rest = b"", CHUNKED.encode() + b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest)
     pieces = [rest[at : at + size] for at in range(0, len(rest), size)]
     split = play(reader, [lead, *pieces])
-    whole = play(reader, [lead + rest])
+    for other in (play(reader, [lead + rest]), play(plain_reader, [lead, *pieces])):
+        recordable(*other)
+        assert (split[0], split[3].text, split[3].output_tokens) == (other[0], other[3].text, other[3].output_tokens)
     recordable(*split)
-    recordable(*whole)
-    assert (split[0], split[3].text, split[3].output_tokens) == (whole[0], whole[3].text, whole[3].output_tokens)
 
 
 def seed(corpus: Path) -> None:
@@ -54,6 +58,7 @@ def seed(corpus: Path) -> None:
 
 
 if __name__ == "__main__":
+    print("readers:", reader.kind, "and", plain_reader.kind)
     seed(Path(sys.argv[-1]))
     atheris.Setup(sys.argv, examine)
     atheris.Fuzz()
