@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from kilocopy.spec import load
-from loadtests.exporter import Exporter
+from loadtests.exporter import WAITING_MAX, Exporter
 
 SPEC = Path(__file__).parent.parent / "loadtests" / "specs" / "demo.yaml"
 SCRAPE_S = 1.0  # twice as often as `kilocopy watch` asks
@@ -44,7 +44,12 @@ def main(argv: list[str] | None = None) -> None:
            "output_tokens": asked.tokens, "prompt_tokens": 32, "output_words": asked.tokens // 2}  # fmt: skip
     for stage in range(len(spec.stages)):
         exporter.finished(row | {"stage": stage}, gaps_us)
-    finished_s = seconds(lambda: exporter.finished(row, gaps_us), 20_000)
+
+    def finish() -> None:  # as many as are counted together: what one of them pays for is part of each
+        for _ in range(WAITING_MAX):
+            exporter.finished(row, gaps_us)
+
+    finished_s = seconds(finish, 20_000 // WAITING_MAX) / WAITING_MAX
     scrape_s = seconds(exporter.page, 200)
     exporter.close()
     requests_per_s = asked.streams * asked.events_per_s / asked.tokens

@@ -48,46 +48,77 @@ done:
   return made;
 }
 
-// The value of a JSON string from quote to quote that is not empty and has no \u in it. NULL, without an exception, for anything else.
-static PyObject *text_of(const unsigned char *at, Py_ssize_t len) {
-  if (len < 3 || at[0] != '"' || at[len - 1] != '"') return NULL;
+// Writes the value of a JSON string from quote to quote that is not empty and has no \u in it, at most `len` bytes. Returns its length; -1 for
+// anything else.
+static Py_ssize_t text_of(const unsigned char *at, Py_ssize_t len, char *out) {
+  if (len < 3 || at[0] != '"' || at[len - 1] != '"') return -1;
   static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-  char small[256], *copy = NULL;
   Py_ssize_t said = 0;
+  int seen = 0;
   for (Py_ssize_t i = 1; i < len - 1; i++) {
     unsigned char c = at[i];
-    if (c < 0x20 || c == '"') return NULL;
+    if (c < 0x20 || c == '"') return -1;
     if (c == '\\') {
       const char *name = ++i < len - 1 ? memchr(names, at[i], sizeof names - 1) : NULL;
-      if (!name || len > (Py_ssize_t)sizeof small) return NULL;
-      if (!copy) copy = small, memcpy(copy, at + 1, said);
+      if (!name) return -1;
       c = values[name - names];
     }
-    if (copy) copy[said] = c;
-    said++;
+    seen |= c;
+    out[said++] = c;
   }
-  PyObject *text = PyUnicode_DecodeUTF8(copy ? copy : (const char *)at + 1, said, "strict");
-  if (!text) PyErr_Clear();
-  return text;
+  if (seen < 0x80) return said;
+  PyObject *text = PyUnicode_DecodeUTF8(out, said, "strict");  // by itself: two halves of a character do not make it whole
+  if (!text) return PyErr_Clear(), -1;
+  Py_DECREF(text);
+  return said;
 }
 
-// texts(payloads, begin, left, right): the texts of the payloads from `begin` on that are left, a JSON string as `text_of` reads it, right;
-// up to the first that is not.
+// texts(pieces, begin, left, right): from `begin` on, pieces that are one event each, its one `data: ` line being left, a JSON string as
+// `text_of` reads it, right; up to the first that is not. Returns (the texts, joined, and how many).
 PyObject *events_texts(PyObject *module, PyObject *args) {
   (void)module;
-  PyObject *payloads;
-  Py_ssize_t begin, left_len, right_len;
+  PyObject *pieces, *made = NULL;
+  Py_ssize_t begin, left_len, right_len, said = 0, room = 0;
   const char *left, *right;
-  if (!PyArg_ParseTuple(args, "O!ny#y#", &PyList_Type, &payloads, &begin, &left, &left_len, &right, &right_len)) return NULL;
-  PyObject *texts = PyList_New(0);
-  for (Py_ssize_t index = begin; texts && index < PyList_GET_SIZE(payloads); index++) {
+  char *out = NULL;
+  if (!PyArg_ParseTuple(args, "O!ny#y#", &PyList_Type, &pieces, &begin, &left, &left_len, &right, &right_len)) return NULL;
+  Py_ssize_t index = begin;
+  for (; index < PyList_GET_SIZE(pieces); index++) {
     char *at;
     Py_ssize_t len;
-    if (PyBytes_AsStringAndSize(PyList_GET_ITEM(payloads, index), &at, &len)) return Py_DECREF(texts), NULL;
-    if (len < left_len + right_len || memcmp(at, left, left_len) || memcmp(at + len - right_len, right, right_len)) break;
-    PyObject *text = text_of((unsigned char *)at + left_len, len - left_len - right_len);
-    if (!text) break;
-    if (append(texts, text)) return Py_DECREF(texts), NULL;
+    if (PyBytes_AsStringAndSize(PyList_GET_ITEM(pieces, index), &at, &len)) goto done;
+    Py_ssize_t inner = len - 6 - left_len - right_len - 2;
+    if (inner < 3 || memcmp(at, "data: ", 6) || memcmp(at + len - 2, "\n\n", 2)) break;
+    if (memcmp(at + 6, left, left_len) || memcmp(at + len - 2 - right_len, right, right_len)) break;
+    if (room < said + inner) {
+      char *moved = PyMem_Realloc(out, room = 2 * (said + inner) + 1024);
+      if (!moved) { PyErr_NoMemory(); goto done; }
+      out = moved;
+    }
+    Py_ssize_t more = text_of((unsigned char *)at + 6 + left_len, inner, out + said);
+    if (more < 0) break;
+    said += more;
   }
-  return texts;
+  made = Py_BuildValue("(Nn)", PyUnicode_DecodeUTF8(out ? out : "", said, "strict"), index - begin);
+done:
+  PyMem_Free(out);
+  return made;
+}
+
+// gaps(times): between successive ones of native int64 nanoseconds, in whole microseconds, as native uint32; what is less or more than that
+// holds is its least or most.
+PyObject *events_gaps(PyObject *module, PyObject *times) {
+  (void)module;
+  Py_buffer view;
+  if (PyObject_GetBuffer(times, &view, PyBUF_SIMPLE)) return NULL;
+  Py_ssize_t count = view.len / 8 > 1 ? view.len / 8 - 1 : 0;
+  const int64_t *ns = view.buf;
+  PyObject *made = PyBytes_FromStringAndSize(NULL, 4 * count);
+  uint32_t *us = made ? (uint32_t *)PyBytes_AS_STRING(made) : NULL;
+  for (Py_ssize_t i = 0; us && i < count; i++) {
+    int64_t gap = (ns[i + 1] - ns[i]) / 1000;
+    us[i] = gap < 0 ? 0 : gap > UINT32_MAX ? UINT32_MAX : (uint32_t)gap;
+  }
+  PyBuffer_Release(&view);
+  return made;
 }

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ RUN_MIN = 4  # fewer events are read one by one
 _LITERALS = (b'"text":', b'"content":')
 _BOM = b"\xef\xbb\xbf"
 _UINT32_MAX = np.iinfo(np.uint32).max
+Heard = tuple[list[str], npt.NDArray[np.int64]]  # texts, and the times of the events that carried them
 _COMPILED = drain.built()  # None: everything here is done in Python
 
 
@@ -59,6 +62,8 @@ class Answer:
     @property
     def gaps_us(self) -> npt.NDArray[np.uint32]:
         """Gaps between the events that carried text, microseconds: one fewer than events."""
+        if _COMPILED is not None:
+            return np.frombuffer(_COMPILED.gaps(self.times_ns), np.uint32)
         gaps_us = (self.times_ns[1:] - self.times_ns[:-1]) // 1000
         kept: npt.NDArray[np.uint32] = np.maximum(np.minimum(gaps_us, _UINT32_MAX), 0).astype(np.uint32)
         return kept
@@ -73,17 +78,70 @@ class Answer:
 
 def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int], samples: int = 1) -> Answer:
     """Understand a stream's body from its pieces and their arrival times (one per piece, ns); `samples` is the request's `n`."""
-    answer = Answer(samples=samples)
+    reader = _PayloadReader(Answer())
+    heard = _by_pieces(reader, pieces, stamps_ns) if samples == 1 and isinstance(pieces, list) else None
+    if heard is None:  # what was understood so far, if anything, is read again
+        reader = _PayloadReader(Answer()) if samples == 1 else _ChoicesReader(Answer(samples=samples))
+        heard = _by_events(reader, pieces, stamps_ns)
+    answer, (texts, answer.times_ns) = reader.answer, heard
+    carriers = len(answer.times_ns)
+    if answer.problem is None and answer.output_tokens is not None and answer.output_tokens < carriers:
+        # A chunk can hold several tokens, but no token fills several chunks.
+        answer.problem = f"usage counts {answer.output_tokens} output tokens, but {carriers} chunks carried text"
+    answer.text = "".join(texts)
+    if isinstance(reader, _ChoicesReader):
+        answer.texts = tuple("".join(reader.spoken.get(choice, ())) for choice in range(samples))
+        answer.text = answer.texts[0]
+    return answer
+
+
+def _by_pieces(reader: _PayloadReader, pieces: list[bytes], stamps_ns: Sequence[int]) -> Heard | None:
+    """As a rule each piece is whole plain events, and most are one event like the last: the compiled part reads these without an object
+    for each. None, whatever was understood so far, where it is not here or a piece is anything else.
+    """
+    if _COMPILED is None:
+        return None
+    answer, index = reader.answer, 0
+    texts: list[str] = []
+    times_ns: array[int] = array("Q")
+    while index < len(pieces) and not answer.problem:
+        text, like = reader.read_like(_COMPILED, pieces, index)
+        if like:
+            texts.append(text)
+            times_ns.extend(stamps_ns[index : index + like])
+            index += like
+            continue
+        payloads = _plain_payloads(pieces[index])
+        if payloads is None:
+            return None
+        said, carriers = _hear(reader, payloads)
+        texts += said
+        times_ns.extend([stamps_ns[index]] * len(carriers))
+        index += 1
+    return texts, np.array(times_ns, dtype=np.int64)
+
+
+def _by_events(reader: _PayloadReader, pieces: Sequence[bytes], stamps_ns: Sequence[int]) -> Heard:
+    """Any body: cut into its events first."""
     payloads, piece_of = split_events(pieces)
+    texts, carriers = _hear(reader, payloads)
+    if carriers and carriers[-1] - carriers[0] + 1 == len(carriers):  # as a rule: nothing else between the first text and the last
+        piece_of = piece_of[carriers[0] : carriers[-1] + 1]
+    else:
+        piece_of = piece_of[carriers]
+    return texts, np.array(stamps_ns, dtype=np.int64)[piece_of]
+
+
+def _hear(reader: _PayloadReader, payloads: Sequence[bytes]) -> tuple[list[str], list[int]]:
+    """The texts of these payloads, and which of them carried each; up to the first that is wrong."""
     texts: list[str] = []
     carriers: list[int] = []
-    reader = _PayloadReader(answer) if samples == 1 else _ChoicesReader(answer)
     event = 0
     while event < len(payloads):
-        if answer.done:
-            answer.problem = "the stream goes on after [DONE]"
+        if reader.answer.done:
+            reader.answer.problem = "the stream goes on after [DONE]"
             break
-        if run := reader.read_run(payloads, event):
+        if len(payloads) - event >= RUN_MIN and (run := reader.read_run(payloads, event)):
             texts += run
             carriers += range(event, event + len(run))
             event += len(run)
@@ -92,22 +150,10 @@ def decode(pieces: Sequence[bytes], stamps_ns: Sequence[int], samples: int = 1) 
         if text:
             texts.append(text)
             carriers.append(event)
-        elif answer.problem:
+        elif reader.answer.problem:
             break
         event += 1
-    if answer.problem is None and answer.output_tokens is not None and answer.output_tokens < len(carriers):
-        # A chunk can hold several tokens, but no token fills several chunks.
-        answer.problem = f"usage counts {answer.output_tokens} output tokens, but {len(carriers)} chunks carried text"
-    answer.text = "".join(texts)
-    if isinstance(reader, _ChoicesReader):
-        answer.texts = tuple("".join(reader.spoken.get(choice, ())) for choice in range(samples))
-        answer.text = answer.texts[0]
-    if carriers and carriers[-1] - carriers[0] + 1 == len(carriers):  # as a rule: nothing else between the first text and the last
-        piece_of = piece_of[carriers[0] : carriers[-1] + 1]
-    else:
-        piece_of = piece_of[carriers]
-    answer.times_ns = np.array(stamps_ns, dtype=np.int64)[piece_of]
-    return answer
+    return texts, carriers
 
 
 def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.int64]]:
@@ -130,12 +176,16 @@ def split_events(pieces: Sequence[bytes]) -> tuple[list[bytes], npt.NDArray[np.i
 
 def _plain_events(blob: bytes) -> tuple[list[bytes], npt.NDArray[np.int64]] | None:
     """Payloads and ends (in bytes) of a body in which every event is one `data: ` line with something in it; None for any other."""
-    if not (blob.startswith(b"data: ") and blob.endswith(b"\n\n")):
+    payloads = _plain_payloads(blob)
+    return None if payloads is None else (payloads, np.cumsum(np.fromiter(map(len, payloads), np.int64, len(payloads)) + 8))
+
+
+def _plain_payloads(blob: bytes) -> list[bytes] | None:
+    """The payloads of bytes in which every event is one `data: ` line with something in it and LF its line end; None for any other."""
+    if not (blob.startswith(b"data: ") and blob.endswith(b"\n\n")) or b"\r" in blob:
         return None
     payloads = blob[6:-2].split(b"\n\ndata: ")
-    if blob.count(b"\n") != 2 * len(payloads) or b"" in payloads:
-        return None
-    return payloads, np.cumsum(np.fromiter(map(len, payloads), np.int64, len(payloads)) + 8)
+    return None if blob.count(b"\n") != 2 * len(payloads) or b"" in payloads else payloads
 
 
 def _any_events(blob: bytes) -> tuple[list[bytes], npt.NDArray[np.int64]]:
@@ -173,9 +223,16 @@ class _PayloadReader:
     """Reads payload after payload into an answer; knows the frame around the text of the last ordinary one."""
 
     def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+        self.answer = answer
         self._left: bytes | None = None
         self._right = b""
+
+    def read_like(self, compiled: ModuleType, pieces: list[bytes], begin: int) -> tuple[str, int]:
+        """The texts of the pieces from `begin` on that are one event each, in the known frame, joined; and how many they are, maybe none."""
+        if self._left is None or self.answer.done:
+            return "", 0
+        found: tuple[str, int] = compiled.texts(pieces, begin, self._left, self._right)
+        return found
 
     def read(self, payload: bytes) -> str:
         """The text that this payload carries, '' for none; usage, finish reason, end and problems go to the answer."""
@@ -189,7 +246,7 @@ class _PayloadReader:
                 except ValueError:
                     pass  # let the whole payload say what is wrong
         if payload == DONE:
-            self._answer.done = True
+            self.answer.done = True
             return ""
         return self._parse(payload)
 
@@ -201,9 +258,6 @@ class _PayloadReader:
         left, right = self._left, self._right
         if left is None:
             return []
-        if _COMPILED is not None and isinstance(payloads, list):
-            texts: list[str] = _COMPILED.texts(payloads, begin, left, right)
-            return texts
         end = begin
         for payload in itertools.islice(payloads, begin, None):
             if not (payload.startswith(left) and payload.endswith(right)):
@@ -222,9 +276,9 @@ class _PayloadReader:
     def _parse(self, payload: bytes) -> str:
         try:
             event = json.loads(payload)
-            text, ordinary = _understand(event, self._answer)
+            text, ordinary = _understand(event, self.answer)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
-            self._answer.problem = "an event of the stream is not the JSON that was expected"
+            self.answer.problem = "an event of the stream is not the JSON that was expected"
             return ""
         self._hear(event, text)
         if ordinary and text:

@@ -1,8 +1,8 @@
 """A driver worker's own metrics page for Prometheus, cheap enough to be on always.
 
-Nothing here runs per token: a finished request leaves its gaps, many requests' gaps are counted in one numpy call, and a page is made from
-plain numbers when it is asked for. The page is served from the worker's own event loop, so making it must be short: prometheus_client's
-own writer, which builds each sample's labels anew, takes more than ten times as long.
+Nothing here runs per token, and little per request: finished ones wait for each other and are counted some at a time, their gaps in one numpy
+call, and a page is made from plain numbers when it is asked for. The page is served from the worker's own event loop, so making it must be
+short: prometheus_client's own writer, which builds each sample's labels anew, takes more than ten times as long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kilocopy.search import attains
 from kilocopy.spec import ClosedStage, Owned, SearchStage, Spec
 
 Values = tuple[str, ...]
-WAITING_MAX = 50  # arrays of values, a request's each, that are counted in one go
+WAITING_MAX = 32  # finished requests that are counted in one go
 
 
 class _Buckets:
@@ -37,20 +37,10 @@ class _Buckets:
         self._names = [*(f"{edge:g}" for edge in metric.buckets), "+Inf"]
         self._counts: dict[Values, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(len(metric.buckets) + 1, np.int64))
         self._sums: dict[Values, float] = defaultdict(float)
-        self._waiting: dict[Values, list[npt.NDArray[np.float64]]] = defaultdict(list)  # values that are not counted yet
 
     def add(self, labels: Values, values: npt.NDArray[np.float64]) -> None:
         """Count values, in the metric's unit; a value on an edge is inside (le)."""
         if len(values):
-            waiting = self._waiting[labels]
-            waiting.append(values)
-            if len(waiting) >= WAITING_MAX:
-                self._count(labels)
-
-    def _count(self, labels: Values) -> None:
-        waiting = self._waiting.pop(labels, None)
-        if waiting:
-            values = np.concatenate(waiting)
             self._counts[labels] += np.bincount(np.searchsorted(self._edges, values, side="left"), minlength=len(self._edges) + 1)
             self._sums[labels] += float(values.sum())
 
@@ -62,8 +52,6 @@ class _Buckets:
     def lines(self, series: Callable[[metrics.Metric, str, Values, str], str]) -> Iterator[str]:
         """The samples in Prometheus' text format; `series` names one of them, its last argument is the bucket's edge."""
         metric = self.metric
-        for labels in list(self._waiting):
-            self._count(labels)
         for labels, counts in self._counts.items():
             for edge, count in zip(self._names, np.cumsum(counts).tolist(), strict=True):
                 yield f"{series(metric, '_bucket', labels, edge)} {count}\n"
@@ -82,6 +70,7 @@ class Exporter:
         self._gauges: dict[metrics.Metric, dict[Values, float]] = defaultdict(dict)
         self._histograms = {m: _Buckets(m) for m in (metrics.TTFT, metrics.ICL, metrics.E2E, metrics.SEND_LAG, metrics.LOOP_LAG)}
         self._state_prices()
+        self._waiting: list[tuple[Mapping[str, Any], npt.NDArray[np.uint32]]] = []  # finished, and not counted yet
         self._names: dict[tuple[str, str, Values, str], str] = {}
         self._server = WSGIServer((host, port), self._answer, log=None)
         self._server.start()
@@ -99,7 +88,22 @@ class Exporter:
             self._gauges[metrics.USD_PER_KWH][()] = prices.electricity_usd_per_kwh.value
 
     def finished(self, row: Mapping[str, Any], gaps_us: npt.NDArray[np.uint32]) -> None:
-        """A row of records.REQUESTS: counted under its stage and outcome; latencies of ok rows only."""
+        """A row of records.REQUESTS: counted under its stage and outcome, at the next page at the latest; latencies of ok rows only."""
+        self._waiting.append((row, gaps_us))
+        if len(self._waiting) >= WAITING_MAX:
+            self._count()
+
+    def _count(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        gaps_us: dict[Values, list[npt.NDArray[np.uint32]]] = defaultdict(list)
+        for row, gaps in waiting:
+            if self._count_one(row):
+                gaps_us[(str(row["stage"]),)].append(gaps)
+        for stage, parts in gaps_us.items():
+            self._histograms[metrics.ICL].add(stage, np.concatenate(parts) / 1e6)
+
+    def _count_one(self, row: Mapping[str, Any]) -> bool:
+        """Count all of a row but its gaps. Returns whether they count."""
         stage = (str(row["stage"]),)
         self._counters[metrics.REQUESTS][(*stage, row["outcome"])] += 1
         open_loop = self._open_loop[row["stage"]]
@@ -110,7 +114,7 @@ class Exporter:
         if row["sent_ns"] is not None:
             self._histograms[metrics.SEND_LAG].add_one(stage, (row["sent_ns"] - row["scheduled_ns"]) / 1e9)
         if row["outcome"] != "ok":
-            return
+            return False
         begun_ns = row["scheduled_ns"] if open_loop else row["sent_ns"]
         self._counters[metrics.OUTPUT_TOKENS][stage] += row["output_tokens"]
         self._counters[metrics.PROMPT_TOKENS][stage] += row["prompt_tokens"] or 0
@@ -118,7 +122,7 @@ class Exporter:
         if row["first_token_ns"] is not None:
             self._histograms[metrics.TTFT].add_one(stage, (row["first_token_ns"] - begun_ns) / 1e9)
             self._histograms[metrics.E2E].add_one(stage, (row["last_token_ns"] - begun_ns) / 1e9)
-            self._histograms[metrics.ICL].add(stage, gaps_us / 1e6)
+        return row["first_token_ns"] is not None
 
     def sample(
         self, *, stage: int, level: int, phase: str, copies_asked: float | None, in_flight: int, sent: int, events: int,
@@ -144,6 +148,7 @@ class Exporter:
 
     def page(self) -> bytes:
         """Everything as it is at this moment, in Prometheus' text format. Names with labels are made once: they are most of the work."""
+        self._count()
         lines: list[str] = []
         for metric, counted in self._counters.items():
             lines.append(_head(metric))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,33 @@ def test_the_compiled_way_cuts_as_python_does(monkeypatch: pytest.MonkeyPatch, b
     monkeypatch.setattr(answers, "_COMPILED", None)
     plain = answers.split_events(body)
     assert (compiled[0], compiled[1].tolist()) == (plain[0], plain[1].tolist())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_like_events_are_read_the_short_way(monkeypatch: pytest.MonkeyPatch, chat: bool, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr(answers, "_COMPILED", None)
+    elif answers._COMPILED is None:
+        pytest.skip("the compiled part is not here")
+    parsed, read = [], []
+    understand, one = answers._understand, answers._PayloadReader.read
+    monkeypatch.setattr(answers, "_understand", lambda event, answer: parsed.append(event) or understand(event, answer))
+    monkeypatch.setattr(answers._PayloadReader, "read", lambda self, payload: read.append(payload) or one(self, payload))
+    stream = pieces(events([(0, f" w{number}") for number in range(100)], [0], chat=chat, tokens=100))
+    answer = decode(stream, [1000 * number for number in range(len(stream))])
+    assert answer.text == "".join(f" w{number}" for number in range(100))
+    assert list(answer.times_ns) == [1000 * number for number in range(100)]
+    assert (len(parsed), len(read)) == (3, 4)  # the first, the finish reason and the usage; and [DONE]
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), max_size=8))
+def test_gaps_are_whole_microseconds_that_a_record_can_hold(times: list[int]) -> None:
+    gaps = [min(max((after - before) // 1000, 0), 2**32 - 1) for before, after in itertools.pairwise(times)]
+    with pytest.MonkeyPatch.context() as patch:
+        for part in {answers._COMPILED, None}:
+            patch.setattr(answers, "_COMPILED", part)
+            assert answers.Answer(times_ns=np.array(times, np.int64)).gaps_us.tolist() == gaps
 
 
 @pytest.mark.parametrize("chat", [False, True])

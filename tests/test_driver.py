@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -132,6 +133,9 @@ def test_stages_follow_one_another_and_are_recorded_whole(tmp_path: Path, starte
     assert sum(row["stage"] == 1 and row["scheduled_ns"] >= warm_ns for row in rows) == 12
     assert len({request["prompt"] for request in server.requests}) == len(rows)
     assert '"phase": "window"' in drive.out
+    told = re.search(r"Aggregated +(\d+)", drive.out + drive.err)
+    assert told is not None
+    assert int(told[1]) == len(rows)  # Locust heard of each once, of the last too
     health = records.read(tmp_path, "driver").to_pylist()
     assert max(row["in_flight"] for row in health) <= 5
     assert health[-1]["sent"] == health[-1]["finished"] == len(rows)

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kilocopy import metrics
 from kilocopy.spec import Spec, load
-from loadtests.exporter import Exporter, write_file_sd
+from loadtests.exporter import WAITING_MAX, Exporter, write_file_sd
 from tests.test_driver import open_spec
 
 CONSTANT = {"cluster": "smoke", "model": "m", "run": "r1", "worker": "0"}
@@ -79,6 +79,16 @@ def test_counters_and_histograms_are_the_rows(exporter: Exporter) -> None:
     assert seen["kilocopy_ttft_seconds_bucket", (("le", "0.1"), stage)] == 1
     assert seen["kilocopy_ttft_seconds_count", (stage,)] == 2
     assert seen["kilocopy_send_lag_seconds_count", (stage,)] == 5
+
+
+def test_a_page_holds_all_that_finished_before_it(exporter: Exporter) -> None:
+    stage = ("stage", "0")
+    for finished in range(1, 2 * WAITING_MAX + 2):
+        exporter.finished(row(), GAPS)
+        if finished % 7 == 0 or finished > 2 * WAITING_MAX:
+            seen = page(exporter)
+            assert seen["kilocopy_requests_total", (("outcome", "ok"), stage)] == finished
+            assert seen["kilocopy_inter_chunk_seconds_count", (stage,)] == finished * len(GAPS)
 
 
 def test_open_loop_counts_from_when_it_was_due(exporter: Exporter) -> None:
