@@ -14,11 +14,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from kilocopy.comparison import ALL_METRICS, OWN_N_SLO, Row, compare
+from kilocopy.comparison import ALL_METRICS, BASES, OWN_N_SLO, Comparison, Row, compare
 from kilocopy.problem import ProblemError
 from kilocopy.report import interval, number
 from kilocopy.sheet import Rows, Section, Sheet, print_sheet
-from kilocopy.side_by_side import LABELS
+from kilocopy.side_by_side import LABELS, prices_move, simulated
 from kilocopy.summaries import Side, sides
 from kilocopy.summary import Frozen
 
@@ -39,10 +39,10 @@ class Verdict(Frozen):
 def command(runs: Sequence[str], against: Sequence[str], given: Sequence[str], *, clearly: bool, xml: Path | None) -> int:
     """`kilocopy check`: print the verdicts, write JUnit XML, and return the exit code: 0, or 1 where a figure is worse."""
     run, baseline = (_one_side(arguments, what) for arguments, what in ((runs, "RUN"), (against, "--against")))
-    verdicts = check(run, baseline, tolerances(given), clearly=clearly)
+    verdicts, notes = check(run, baseline, tolerances(given), clearly=clearly)
     if xml is not None:
         junit(verdicts, run, xml)
-    print_sheet(sheet(verdicts, run, baseline), Console(highlight=False))
+    print_sheet(sheet(verdicts, notes, run, baseline), Console(highlight=False))
     return int(any(one.outcome == "worse" for one in verdicts))
 
 
@@ -70,11 +70,26 @@ def tolerances(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def check(run: Side, baseline: Side, allowed: Mapping[str, float], *, clearly: bool = False) -> list[Verdict]:
-    """A verdict for each figure that has a tolerance, at each load of the baseline. Raises ProblemError where they do not compare."""
-    comparison = compare([baseline, run])
-    found = [_verdict(row, allowed[row.metric], clearly) for row in comparison.rows if row.metric in allowed]
-    return found + _lost(run, baseline)
+def check(run: Side, baseline: Side, allowed: Mapping[str, float], *, clearly: bool = False) -> tuple[list[Verdict], list[str]]:
+    """A verdict for each figure that has a tolerance, at each load of the baseline, and what is to be known of them.
+
+    Raises ProblemError where they do not compare. A run with nothing left that could be compared is no mistake of the user's: its loads are lost.
+    """
+    lost = _lost(run, baseline)
+    comparison = compare([baseline, run], empty=bool(lost))
+    rows = [row for row in comparison.rows if row.metric in allowed]
+    return [_verdict(row, allowed[row.metric], clearly) for row in rows] + lost, _notes(comparison, rows, allowed, clearly=clearly)
+
+
+def _notes(comparison: Comparison, rows: Sequence[Row], allowed: Mapping[str, float], *, clearly: bool) -> list[str]:
+    """What else differs, and whether the intervals carry a verdict at this tolerance."""
+    known = [(row.ratio, allowed[row.metric]) for row in rows if row.ratio is not None and row.ratio.low is not None and row.ratio.high is not None]
+    wide = sum(found.high / found.value - 1 > tolerance for found, tolerance in known if found.high is not None)
+    notes = [*simulated(comparison), *comparison.differences, *comparison.tokens]
+    notes += [f"Intervals: {BASES[basis]}." for basis in dict.fromkeys(found.basis for found, _ in known)]
+    if wide and not clearly:
+        notes.append(f"{wide} of {len(known)} intervals are wider than the tolerance: such a figure may be worse by chance. More repeats of both narrow them; --clearly fails only beyond them.")
+    return notes
 
 
 def _verdict(row: Row, tolerance: float, clearly: bool) -> Verdict:
@@ -92,7 +107,7 @@ def _verdict(row: Row, tolerance: float, clearly: bool) -> Verdict:
 
     clear = None not in ends and beyond(best)
     fails = clear if clearly and None not in ends else beyond(row.ratio.value)
-    said = f"{LABELS[row.metric]} is {number(row.ratio.value)} {interval(*ends)}".strip() + f" times the baseline's, limit {limit:g}"
+    said = f"{LABELS[row.metric]} is {number(row.ratio.value)} {interval(*ends)}".strip() + f" times the baseline's, limit {limit:g}{prices_move(row)}"
     return Verdict(at=row.at, metric=row.metric, outcome="worse" if fails else "ok", clear=clear, sentence=said)
 
 
@@ -113,7 +128,7 @@ def _lost(run: Side, baseline: Side) -> list[Verdict]:
     return found
 
 
-def sheet(verdicts: Sequence[Verdict], run: Side, baseline: Side) -> Sheet:
+def sheet(verdicts: Sequence[Verdict], notes: Sequence[str], run: Side, baseline: Side) -> Sheet:
     """The verdicts as a table, the worse ones first."""
     worse = [one for one in verdicts if one.outcome == "worse"]
     names = f"{', '.join(one.id for one in run.runs)} against {', '.join(one.id for one in baseline.runs)}"
@@ -123,7 +138,7 @@ def sheet(verdicts: Sequence[Verdict], run: Side, baseline: Side) -> Sheet:
         [one.outcome.replace("_", " "), "clearly" if one.clear and one.outcome == "worse" else "", one.at, one.sentence]
         for one in sorted(verdicts, key=lambda one: order[one.outcome])
     ]
-    return Sheet("check", f"{head}: {names}.", [], [Section("Figures", table=Rows(("outcome", "", "at", ""), rows, words=4))])
+    return Sheet("check", f"{head}: {names}.", list(notes), [Section("Figures", table=Rows(("outcome", "", "at", ""), rows, words=4))])
 
 
 def junit(verdicts: Sequence[Verdict], run: Side, path: Path) -> None:

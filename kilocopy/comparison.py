@@ -3,10 +3,14 @@
 Two runs compare where they asked for the same thing: the same workload, page and SLO, at the same load or each at its own N_SLO.
 Everything else that differs (model, engine, cluster, prices) is what is being compared, and is listed. A figure whose two sides mean
 different things (energy metered on one side and assumed on the other) is not compared, and says so.
+
+A ratio is at the prices' middle, and its interval is that of what was measured. How far the stated bands of prices, PUE and assumed power move it is told
+apart: what both sides state alike moves on both at once (two runs on one price list have no doubt about it between them), the rest apart.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +18,16 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from kilocopy.price import Corner, corner_of
 from kilocopy.problem import ProblemError
 from kilocopy.ratios import Basis, RatioEstimate, Reading, ratio
 from kilocopy.report import shown_stage
 from kilocopy.summaries import ENGINE, Finished, Side
-from kilocopy.summary import Estimate, Frozen, Stage
+from kilocopy.summary import Band, Estimate, Frozen, Stage
 
 OWN_N_SLO = "each at its own N_SLO"
+CORNERS: tuple[Corner, ...] = ("low", "mid", "high")
+WORDS_APART = 0.05  # of words per token: two sides' tokens are not the same text beyond that
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Row(Frozen):
     other: Spread | None
     ratio: RatioEstimate | None
     missing: str = ""
+    prices: Band | None = None  # the ratio over the stated bands of prices, PUE and assumed power; None where they do not move it
 
 
 class Point(Frozen):
@@ -103,11 +111,12 @@ class Comparison(Frozen):
     left_out: list[str]
     rows: list[Row]
     points: list[Point]
+    tokens: list[str] = Field(default_factory=list)  # why a token of one side may not be a token of the other
     simulated: dict[str, str] = Field(default_factory=dict)  # sides on which no model ran: what stood in for it
 
 
-def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None) -> Comparison:
-    """Every side against the first. Raises ProblemError where they do not compare, or nothing of them does."""
+def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None, *, empty: bool = False) -> Comparison:
+    """Every side against the first. Raises ProblemError where they do not compare, or (unless it may be `empty`) nothing of them does."""
     if len(sides) < 2:
         runs = ", ".join(run.id for run in sides[0].runs)
         raise ProblemError(f"nothing to compare: {runs} {'repeat each other' if len(sides[0].runs) > 1 else 'is one run'}; give another run, or name sides: A=RUN B=RUN")
@@ -119,7 +128,7 @@ def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None) -
         found, missed = _against(base, side)
         rows += found
         left_out += missed
-    if not any(row.ratio for row in rows):
+    if not empty and not any(row.ratio for row in rows):
         raise ProblemError(f"nothing to compare: {' '.join(dict.fromkeys(left_out)) or 'the sides have no load in common'}")
     return Comparison(
         baseline=base.name,
@@ -131,6 +140,7 @@ def compare(sides: Sequence[Side], quality: Mapping[str, float] | None = None) -
         left_out=list(dict.fromkeys(left_out)),
         rows=rows,
         points=_frontier([point for side in sides for point in _points(side)]),
+        tokens=[said for side in sides[1:] for said in _tokens(base, side)],
         simulated={side.name: said for side in sides for said in dict.fromkeys(run.summary.simulated for run in side.runs) if said},
     )
 
@@ -183,7 +193,28 @@ def _differences(base: Side, side: Side) -> list[str]:
         one, other = ({name: part for name, part in (run.spec.get(key) or {}).items() if name not in ignored} for run in (base.first, side.first))
         found += _differing(one, other, key)
     found += _differing(_system(base.first), _system(side.first), "")
-    return [f"{side.name} against {base.name} ({said.partition(': ')[0]}): {_swapped(said)}" for said in found]
+    played = ["the stages or the experiment ask for other loads, durations or warm-ups"] if any(base.first.spec.get(key) != side.first.spec.get(key) for key in ("stages", "experiment")) else []
+    return [f"{side.name} against {base.name}: {said}" for said in played] + [f"{side.name} against {base.name} ({said.partition(': ')[0]}): {_swapped(said)}" for said in found]
+
+
+def _tokens(base: Side, side: Side) -> list[str]:
+    """What is to be known of two models' tokens. No run records its tokenizer; how many words a token made is measured."""
+    models = [{key: (one.first.spec.get("model") or {}).get(key) for key in ("id", "source")} for one in (base, side)]
+    words = [_words_per_token(one) for one in (base, side)]
+    apart = words[0] is not None and words[1] is not None and abs(words[1] / words[0] - 1) > WORDS_APART
+    if models[0] == models[1] and not apart:
+        return []
+    told = " and ".join("not counted" if value is None else f"{value:.3g}" for value in words)
+    return [
+        f"{base.name} and {side.name}: words per output token {told}; the models' tokenizers are not recorded{'' if models[0] == models[1] else ', and may differ'}. Pages count words. "
+        "Tokens/s, lengths asked in tokens and an SLO in tokens/s are of each side's own tokens: the same number is the same text only where these two agree."
+    ]
+
+
+def _words_per_token(side: Side) -> float | None:
+    found = [stage.throughput.words_per_token for run in side.runs for stage in run.summary.stages if stage.throughput and stage.verdict.level != "void"]
+    known = [value for value in found if value]
+    return float(np.mean(known)) if known else None
 
 
 def _swapped(said: str) -> str:
@@ -221,7 +252,7 @@ def _not_alike(metric: Metric, one: Stage, other: Stage) -> str:
 def _against(base: Side, side: Side) -> tuple[list[Row], list[str]]:
     """A row for each figure at each load that both have, then each at its own N_SLO; and what was left out, with its reason."""
     rows, left_out = [], []
-    mine, theirs = base.loads(), side.loads()
+    mine, theirs, alike = base.loads(), side.loads(), _alike_prices(base, side)
     for place in mine:
         if place not in theirs:
             continue
@@ -231,7 +262,7 @@ def _against(base: Side, side: Side) -> tuple[list[Row], list[str]]:
             left_out += said
             counted.append(None if said else [[stage for stage in stages if stage.verdict.level != "void"] for stages in runs])
         if counted[0] and counted[1]:
-            rows += [_row(place[1], metric, side.name, counted[0], counted[1]) for metric in METRICS]
+            rows += [_row(place[1], metric, side.name, counted[0], counted[1], alike) for metric in METRICS]
     lonely = [place[1] for place in [*mine, *theirs] if (place in mine) != (place in theirs)]
     if lonely:
         left_out.append(f"{_listed(lonely)}: asked of one side only.")
@@ -266,10 +297,10 @@ def _own_n_slo(base: Side, side: Side) -> tuple[list[Row], list[str]]:
         found.append(stages)
     if left_out:
         return [], left_out
-    return [_row(OWN_N_SLO, metric, side.name, found[0], found[1]) for metric in (COPIES, *METRICS)], []
+    return [_row(OWN_N_SLO, metric, side.name, found[0], found[1], _alike_prices(base, side)) for metric in (COPIES, *METRICS)], []
 
 
-def _row(at: str, metric: Metric, side: str, base: list[list[Stage]], other: list[list[Stage]]) -> Row:
+def _row(at: str, metric: Metric, side: str, base: list[list[Stage]], other: list[list[Stage]], alike: tuple[bool, bool]) -> Row:
     """One figure; each argument has a list of stages for each run."""
     unlike = next((said for one in base for two in other if (said := _not_alike(metric, one[0], two[0]))), "")
     readings = [[_reading(metric, stages) for stages in runs] for runs in (base, other)]
@@ -284,7 +315,52 @@ def _row(at: str, metric: Metric, side: str, base: list[list[Stage]], other: lis
         other=spreads[1],
         ratio=None if missing else ratio(known[1], known[0]),
         missing=missing,
+        prices=None if missing else _over_prices(metric, base, other, alike),
     )
+
+
+def _alike_prices(base: Side, side: Side) -> tuple[bool, bool]:
+    """Whether both sides state the same prices of hardware, and the same price of a kWh, PUE and assumed power."""
+    one, two = (run.first.spec.get("prices") or {} for run in (base, side))
+    quoted = [{key: value for key, value in (prices.get("hardware") or {}).items() if key == "kind" or isinstance(value, dict)} for prices in (one, two)]
+    return quoted[0] == quoted[1], all(one.get(key) == two.get(key) for key in ("electricity_usd_per_kwh", "pue", "assumed_power_w"))
+
+
+def _over_prices(metric: Metric, base: list[list[Stage]], other: list[list[Stage]], alike: tuple[bool, bool]) -> Band | None:
+    """The ratio's smallest and largest over the corners of what is stated, hardware and energy each at its own."""
+    corner_usd = {"usd_per_page": _usd_at, "wh_per_page": _wh_at}.get(metric.name)
+    if corner_usd is None:
+        return None
+    stages = [[stage for stages in runs for stage in stages] for runs in (other, base)]
+
+    def at(side: int, hardware: Corner, energy: Corner) -> float | None:
+        values = [corner_usd(stage, hardware, energy) for stage in stages[side]]
+        return float(np.exp(np.mean(np.log([value for value in values if value])))) if all(values) else None
+
+    corners = list(itertools.product(CORNERS, CORNERS))
+    over, under = ({corner: at(side, *corner) for corner in corners} for side in (0, 1))
+    found = [
+        (a / b if a and b else None)
+        for (one, a), (two, b) in itertools.product(over.items(), under.items())
+        if not (alike[0] and one[0] != two[0]) and not (alike[1] and one[1] != two[1])
+    ]
+    known, middle = [value for value in found if value], (over["mid", "mid"], under["mid", "mid"])
+    if len(known) < len(found) or not middle[0] or not middle[1] or max(known) / min(known) < 1 + 1e-6:
+        return None
+    return Band(mid=middle[0] / middle[1], low=min(known), high=max(known))
+
+
+def _usd_at(stage: Stage, hardware: Corner, energy: Corner) -> float | None:
+    cost = stage.cost
+    if cost is None or cost.hardware_usd_per_page is None:
+        return None
+    power = cost.electricity_usd_per_page if cost.hardware_kind == "owned" else None
+    return corner_of(cost.hardware_usd_per_page, hardware) + (corner_of(power, energy) if power else 0.0)
+
+
+def _wh_at(stage: Stage, hardware: Corner, energy: Corner) -> float | None:
+    del hardware
+    return corner_of(stage.cost.wh_per_page, energy) if stage.cost and stage.cost.wh_per_page else None
 
 
 def _reading(metric: Metric, stages: Sequence[Stage]) -> Reading | None:

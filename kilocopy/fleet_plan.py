@@ -11,11 +11,11 @@ from pathlib import Path
 import plotly.graph_objects as go
 from rich.console import Console
 
-from kilocopy import planning
+from kilocopy import planning, price
 from kilocopy.figures import BLUE, GREY, ORANGE, Figure, dressed, log_ticks
 from kilocopy.planning import Asked, Bill, Deviation, Level, Outcome
 from kilocopy.problem import ProblemError
-from kilocopy.report import money, number, percent, seconds
+from kilocopy.report import band, money, number, percent, seconds
 from kilocopy.sheet import Rows, Section, Sheet, print_sheet, write_sheet
 from kilocopy.spec import GpuReplica, Spec
 from kilocopy.summaries import read
@@ -63,8 +63,8 @@ def sheet(
     what = f"{asked.copies:,} copies at once" if asked.copies else f"{asked.rate_per_s:,g} requests/s"
     unit = "GPUs" if isinstance(spec.cluster.hardware, GpuReplica) else "hosts"
     answer = (
-        f"{what} within the SLO: {best.replicas:,} replicas ({cost.devices:,g} {unit}), {money(cost.usd_per_h)} an hour"
-        + (f", {money(cost.usd_per_page)} a page" if cost.usd_per_page else "")
+        f"{what} within the SLO: {best.replicas:,} replicas ({cost.devices:,g} {unit}), {band(cost.usd_per_h, money)} an hour"
+        + (f", {band(cost.usd_per_page, money)} a page" if cost.usd_per_page else "")
         + f". Simulated from one measured replica: {_worth(own, checked)}"
     )
     return Sheet(
@@ -74,7 +74,7 @@ def sheet(
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
-            Section("One replica, as measured", table=_replica(found), sentences=_assumptions(found, asked)),
+            Section("One replica, as measured", table=_replica(found), sentences=_assumptions(spec, found, asked)),
             Section("What the simulation is worth", sentences=_validation() if checked else [], table=_deviations(own, checked)),
         ],
     )
@@ -131,14 +131,17 @@ def curve(tried: list[Outcome], spec: Spec) -> Figure:
 
 
 def _bill(spec: Spec, cost: Bill, best: Outcome) -> list[str]:
-    lines = [f"Hardware: {cost.devices:,g} devices, {money(cost.hardware_usd_per_h)} for each hour of the calendar ({spec.prices.hardware.kind}), whether or not it serves."]
+    lines = [f"Hardware: {cost.devices:,g} devices, {band(cost.hardware_usd_per_h, money)} for each hour of the calendar ({spec.prices.hardware.kind}), whether or not it serves."]
     if cost.electricity_usd_per_h is not None:
-        lines.append(f"Electricity while it serves this load: {money(cost.electricity_usd_per_h)} an hour, from the stages' joules per token ({cost.energy_source}).")
+        lines.append(f"Electricity while it serves this load: {band(cost.electricity_usd_per_h, money)} an hour, from the stages' joules per token ({cost.energy_source}).")
     elif spec.prices.hardware.kind == "owned":
         lines.append("Electricity is not in it: the run has no energy.")
     if cost.pages_per_h:
         lines.append(f"{number(cost.pages_per_h)} pages of {spec.page.words} words an hour at {number(best.tokens_per_s)} tokens/s.")
-    lines.append(f"{money(cost.usd_per_h)} an hour, {money(cost.usd_per_h * 730)} for a month of 730 hours of this load. Prices are at the spec's mid; its low and high are not in it.")
+    ends = "[ ]: over the stated bands of prices, PUE and assumed power. The number of replicas is the simulation's, whose doubt is not in it."
+    if cost.usd_per_h.low is None:
+        ends = "No price in the spec has a low and a high, so the bill has no band."
+    lines.append(f"{band(cost.usd_per_h, money)} an hour, {band(price.scaled(cost.usd_per_h, 730), money)} for a month of 730 hours of this load. {ends}")
     return lines
 
 
@@ -147,9 +150,12 @@ def _replica(found: list[Level]) -> Rows:
     return Rows(("copies", "in a step", "step", "TTFT p50", "tokens/s"), rows, words=0)
 
 
-def _assumptions(found: list[Level], asked: Asked) -> list[str]:
+def _assumptions(spec: Spec, found: list[Level], asked: Asked) -> list[str]:
     router = "the less loaded of two replicas drawn at random (Serve's default)" if asked.router == "two_choices" else "a replica drawn at random"
+    hardware = spec.cluster.hardware
+    shares = [f"A replica takes {hardware.gpus_per_replica:g} of a GPU and was measured with a GPU to itself: those that share one will be slower than this plan."] if isinstance(hardware, GpuReplica) and hardware.gpus_per_replica < 1 else []
     return [
+        *shares,
         f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
         f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
         "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",

@@ -51,6 +51,8 @@ class Point(Frozen):
     wh_per_page: float | None
     energy_source: str | None
     prices: str
+    served: str = ""  # the model's source and the engine's settings, as the spec had them
+    simulated: str | None = None  # what stood in for a model, where none ran
 
 
 class Trend(Frozen):
@@ -145,6 +147,7 @@ with summaries as (select number, json(text) as tree from texts),
 select s.number,
        cast(tree ->> '$.schema_version' as int) as schema_version,
        tree ->> '$.kilocopy_version' as kilocopy_version,
+       tree ->> '$.simulated' as simulated,
        tree ->> '$.run.id' as id, tree ->> '$.run.name' as name, tree ->> '$.run.started_at' as started_at,
        tree ->> '$.run.versions' as versions, tree ->> '$.run.hardware' as hardware, tree ->> '$.run.spec' as spec,
        cast(stage ->> '$.copies.asked' as double) as copies,
@@ -175,7 +178,7 @@ def group(rows: list[dict[str, Any]]) -> list[Series]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         spec, host = json.loads(row["spec"] or "{}"), json.loads(row["hardware"] or "{}")
-        cluster = {key: (spec.get("cluster") or {}).get(key) for key in ("replicas", "hardware")}
+        cluster = {key: (spec.get("cluster") or {}).get(key) for key in ("replicas", "hardware", "simulated_engine")}
         # The kind of card, not the very card: a rented one is another each time.
         gpus = sorted(gpu.get("name", "") if isinstance(gpu, dict) else str(gpu) for gpu in host.get("gpus") or [])
         alike = [{key: spec.get(key) for key in SAME}, (spec.get("model") or {}).get("id"), cluster, host.get("cpu"), gpus]
@@ -192,6 +195,7 @@ def _series(rows: list[dict[str, Any]]) -> Series:
 
 def _point(row: dict[str, Any]) -> Point:
     versions = json.loads(row["versions"] or "{}")
+    spec = json.loads(row["spec"] or "{}")
     started = dt.datetime.fromisoformat(row["started_at"])
     return Point(
         id=str(row["id"]),
@@ -199,7 +203,9 @@ def _point(row: dict[str, Any]) -> Point:
         versions={name: versions[name] for name in ENGINE if name in versions},
         kilocopy_version=str(row["kilocopy_version"]),
         **{name: row[name] for name in ("copies", "tokens_per_s", "usd_per_page", "wh_per_page", "energy_source")},
-        prices=json.dumps(json.loads(row["spec"] or "{}").get("prices"), sort_keys=True),
+        prices=json.dumps(spec.get("prices"), sort_keys=True),
+        served=json.dumps([(spec.get("model") or {}).get("source"), (spec.get("cluster") or {}).get("engine")], sort_keys=True),
+        simulated=row["simulated"],
     )
 
 
@@ -269,7 +275,7 @@ LABELS = {"usd_per_page": "$/page", "wh_per_page": "Wh/page", "tokens_per_s": "t
 def sheet(where: str, series: list[Series], passed_over: list[str]) -> Sheet:
     """Every series with its runs and its trends."""
     first = series[0]
-    said = " ".join(_said(one) for one in first.trends)
+    said = " ".join([*dict.fromkeys(point.simulated for point in first.points if point.simulated), *(_said(one) for one in first.trends)])
     count = sum(len(one.points) for one in series)
     head = f"{first.name}, {len(first.points)} runs: {said}"
     notes = [f"{count} runs in {len(series)} series; one series is what asked for the same (workload, stages, page, SLO, model, replicas, hardware)."]
@@ -293,7 +299,9 @@ def _percent(value: float | None) -> str:
 
 
 def _about(series: Series) -> list[str]:
-    said = [_said(one) for one in series.trends]
+    said = [*dict.fromkeys(point.simulated for point in series.points if point.simulated), *(_said(one) for one in series.trends)]
+    if len({point.served for point in series.points}) > 1:
+        said.append("The model's source or the engine's settings in the specs changed between these runs, so every trend is theirs too.")
     if len({point.prices for point in series.points}) > 1:
         said.append("The prices in the specs changed between these runs, so the trend of $/page is theirs too.")
     if len({point.copies for point in series.points}) > 1:

@@ -23,11 +23,12 @@ from scipy.special import gammaincinv
 
 from kilocopy import price
 from kilocopy.fleet import QUANTILES, Failure, Fleet, Load, Played, Replica, Router
+from kilocopy.price import Corner
 from kilocopy.problem import ProblemError
 from kilocopy.spec import EmpiricalLength, GpuReplica, LognormalLength, NormalLength, Owned, Spec, UniformLength
 from kilocopy.streams import Floats, Ints
 from kilocopy.summaries import ENGINE, Finished
-from kilocopy.summary import Frozen, Stage
+from kilocopy.summary import Band, Frozen, Stage
 
 LEVELS_MIN = 3
 FALL_MAX = 0.10  # a step that gets shorter with more copies by more than this is no noise
@@ -298,33 +299,40 @@ class Bill(Frozen):
     """What a fleet costs by the hour of the calendar, at the spec's prices. A device is a GPU, or the whole host where there is none."""
 
     devices: float
-    hardware_usd_per_h: float
-    electricity_usd_per_h: float | None
+    hardware_usd_per_h: Band
+    electricity_usd_per_h: Band | None
     energy_source: str | None  # of the joules behind it: measured or assumed
-    usd_per_h: float
+    usd_per_h: Band  # over the stated bands of prices, PUE and assumed power; the number of replicas is not in it
     pages_per_h: float | None
-    usd_per_page: float | None
+    usd_per_page: Band | None
 
 
 def bill(spec: Spec, run: Finished, outcome: Outcome) -> Bill:
     """Hours are paid whether or not they serve: an hour's price is the price at use times the utilisation."""
-    hardware = spec.prices.hardware
-    per_device = price.usd_per_device_hour(spec, "mid") * hardware.utilisation
+    owned = isinstance(spec.prices.hardware, Owned)
     each = spec.cluster.hardware.gpus_per_replica if isinstance(spec.cluster.hardware, GpuReplica) else 1.0
-    devices = outcome.replicas * each
-    joules = _joules_per_token(run, outcome.in_flight / outcome.replicas)
-    power = None if joules is None else outcome.tokens_per_s * 3600 * joules / price.J_PER_KWH * spec.prices.electricity_usd_per_kwh.value
-    total = devices * per_device + (power or 0.0 if isinstance(hardware, Owned) else 0.0)
+    devices = outcome.replicas * each if each >= 1 else math.ceil(outcome.replicas / int(1 / each + 1e-9))  # nobody sells a part of a GPU
+    joules = _joules_per_token(run, outcome.in_flight / outcome.replicas) if owned else None
     words = [s.throughput.words_per_token for s in run.summary.stages if s.throughput and s.throughput.words_per_token]
     pages = outcome.tokens_per_s * 3600 * float(np.mean(words)) / spec.page.words if words else None
+
+    def hardware_usd(corner: Corner) -> float:
+        return devices * price.usd_per_device_hour(spec, corner) * spec.prices.hardware.utilisation
+
+    def power_usd(corner: Corner) -> float:
+        return price.electricity_usd(spec, lambda at: outcome.tokens_per_s * 3600 * price.corner_of(joules, at), corner) if joules else 0.0
+
+    def all_usd(corner: Corner) -> float:
+        return hardware_usd(corner) + power_usd(corner)
+
     return Bill(
         devices=devices,
-        hardware_usd_per_h=devices * per_device,
-        electricity_usd_per_h=power if isinstance(hardware, Owned) else None,
-        energy_source=_energy_source(run) if isinstance(hardware, Owned) and power is not None else None,
-        usd_per_h=total,
+        hardware_usd_per_h=price.banded(hardware_usd),
+        electricity_usd_per_h=price.banded(power_usd) if joules else None,
+        energy_source=_energy_source(run) if joules else None,
+        usd_per_h=price.banded(all_usd),
         pages_per_h=pages,
-        usd_per_page=total / pages if pages else None,
+        usd_per_page=price.banded(lambda corner: all_usd(corner) * price.words_share(spec, corner) / pages) if pages else None,
     )
 
 
@@ -334,14 +342,19 @@ def _energy_source(run: Finished) -> str:
     return "measured" if sources == {"measured"} else "assumed"
 
 
-def _joules_per_token(run: Finished, copies: float) -> float | None:
+def _joules_per_token(run: Finished, copies: float) -> Band | None:
     """Facility joules for a token at so many copies, between the measured stages."""
     known = sorted(
-        (s.copies.n_run_client, s.cost.j_per_output_token.mid)
-        for s in run.summary.stages
-        if s.kind == "closed" and s.cost and s.cost.j_per_output_token and s.copies.n_run_client and s.verdict.level != "void"
+        (
+            (s.copies.n_run_client, s.cost.j_per_output_token)
+            for s in run.summary.stages
+            if s.kind == "closed" and s.cost and s.cost.j_per_output_token and s.copies.n_run_client and s.verdict.level != "void"
+        ),
+        key=lambda one: one[0],
     )
-    return float(np.interp(copies, [n for n, _ in known], [j for _, j in known])) if known else None
+    if not known:
+        return None
+    return price.banded(lambda corner: float(np.interp(copies, [n for n, _ in known], [price.corner_of(j, corner) for _, j in known])))
 
 
 # ------------------------------------------------------------------------------------------------------ what it was found worth

@@ -234,7 +234,7 @@ def cost(spec: Spec, stage: Stage, meters: Meters) -> Cost | None:
         return banded(lambda corner: total(corner) / count) if total is not None and count > 0 else None
 
     def each_page(total: Figure | None) -> Band | None:
-        return each((lambda corner: total(corner) * _words_share(spec, corner)) if total is not None else None, pages)
+        return each((lambda corner: total(corner) * words_share(spec, corner)) if total is not None else None, pages)
 
     def hardware_usd(corner: Corner) -> float:
         return usd_per_device_hour(spec, corner) * device_hours
@@ -263,7 +263,7 @@ def cost(spec: Spec, stage: Stage, meters: Meters) -> Cost | None:
     )
 
 
-def _words_share(spec: Spec, corner: Corner) -> float:
+def words_share(spec: Spec, corner: Corner) -> float:
     """What a page costs at one end of the assumed words per token, over what it costs at their value: more words a token, fewer tokens a page."""
     words = spec.page.words_per_token
     if words is None:

@@ -110,7 +110,12 @@ def judged(row: Row) -> str:
         return "no interval"
     if row.ratio.low <= 1 <= row.ratio.high:
         return "not told apart"
-    return "better" if (row.ratio.value < 1) == (BETTER[row.metric] == "lower") else "worse"
+    said = "better" if (row.ratio.value < 1) == (BETTER[row.metric] == "lower") else "worse"
+    prices = row.prices
+    if prices is None or prices.low is None or prices.high is None:
+        return said
+    open_ = row.ratio.low * prices.low / row.ratio.value <= 1 <= row.ratio.high * prices.high / row.ratio.value
+    return f"{said} at the middle prices; {'left open by' if open_ else 'also over'} their bands {interval(prices.low, prices.high)}"
 
 
 def _headline(comparison: Comparison) -> str:
@@ -122,11 +127,16 @@ def _headline(comparison: Comparison) -> str:
         if not own:
             said.append(f"{side}: nothing compares.")
             continue
-        parts = [f"{number(row.ratio.value)} {interval(row.ratio.low, row.ratio.high)}".strip() + f" times the {LABELS[row.metric]}"
+        parts = [f"{number(row.ratio.value)} {interval(row.ratio.low, row.ratio.high)}".strip() + f" times the {LABELS[row.metric]}{prices_move(row)}"
                  for row in own if row.ratio and row.metric in {"usd_per_page", "copies", "wh_per_page", "tokens_per_s_per_copy"}]  # fmt: skip
         where = own[0].at if own[0].at == OWN_N_SLO else f"both at {own[0].at}"
         said.append(f"{side} against {comparison.baseline}, {where}: {', '.join(parts)}.")
     return " ".join(said)
+
+
+def prices_move(row: Row) -> str:
+    """How far the stated bands move a ratio, where they do."""
+    return "" if row.prices is None else f" ({interval(row.prices.low, row.prices.high)} over the stated bands of prices and power)"
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -134,6 +144,7 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = [f"Left out: {' '.join(comparison.left_out)}"] if comparison.left_out else []
     if "within_run" in bases:
         notes.append("With one run a side, intervals are from inside the runs alone; repeats of each (three or more starts) would say what a restart moves.")
+    notes += comparison.tokens
     if comparison.quality:
         scores = ", ".join(f"{name} {score:g}" for name, score in comparison.quality.items())
         notes.append(f"Quality, as given by the user and not measured here: {scores}.")

@@ -183,6 +183,37 @@ def test_what_differs_is_listed(make: Make) -> None:
     assert any("prices.hardware.usd_per_device_hour.value): 4" in said for said in found.differences)
 
 
+def test_bands_of_prices_that_both_sides_state_alike_move_both_at_once(make: Make) -> None:
+    """Rented on one price list the band cancels; on two it does not. Owned, a share of electricity that differs moves the ratio, and less than apart."""
+    def rented(usd: float) -> dict[str, Any]:
+        return synthetic.spec()["prices"] | {"hardware": {"kind": "rented", "usd_per_device_hour": synthetic.quoted(usd, usd / 2, usd * 2), "utilisation": 0.5}}
+
+    same = row(compare(sides([make("a", prices=rented(2.0)), make("b", 0.05, prices=rented(2.0))])), "usd_per_page")
+    assert same.prices is None
+    assert side_by_side.judged(row(compare(sides([make("a", prices=rented(2.0)), make("b", 0.0513, prices=rented(2.0))])), "usd_per_page")) == "better"
+    other = row(compare(sides([make("a", prices=rented(2.0)), make("b", 0.0513, prices=rented(3.0))])), "usd_per_page")
+    assert other.prices is not None
+    assert other.ratio is not None
+    assert (other.prices.low, other.prices.high) == (pytest.approx(other.ratio.value / 4), pytest.approx(other.ratio.value * 4))
+    assert "at the middle prices; left open by their bands" in side_by_side.judged(other)
+
+    owned = {"kind": "owned", "usd_per_device": synthetic.quoted(2000.0, 1000.0, 4000.0), "life_years": 5, "residual_fraction": 0, "utilisation": 0.5}
+    prices = synthetic.spec()["prices"] | {"hardware": owned}
+    mixed = row(compare(sides([make("a", prices=prices), make("b", 0.0513, watts=5000, prices=prices)])), "usd_per_page")
+    assert mixed.prices is not None
+    assert mixed.ratio is not None
+    assert mixed.ratio.value == pytest.approx(mixed.prices.mid)
+    assert (mixed.prices.low or 0) < mixed.prices.mid < (mixed.prices.high or 0)
+    assert (mixed.prices.high or 0) / (mixed.prices.low or 1) < 4  # 16 where the same device's price stood high on one side and low on the other
+
+
+def test_that_tokens_may_differ_is_said_of_other_models(make: Make) -> None:
+    model = {"id": "other", "source": "/nowhere", "parameters_active": 1e6}
+    (said,) = compare(sides([make("a"), make("b", model=model)])).tokens
+    assert said.startswith("a and b: words per output token 0.5 and 0.5; the models' tokenizers are not recorded, and may differ")
+    assert not compare(sides([make("a"), make("b", cluster={"replicas": 2, "hardware": {"kind": "gpu", "gpus_per_replica": 1}, "engine": {"dtype": "bfloat16"}})])).tokens
+
+
 def test_three_sizes_make_a_line_that_is_called_an_extrapolation_beyond_them(make: Make) -> None:
     """A page takes as long as the square root of the parameters: alpha 0.5; two sizes make no line."""
     def model(n: float) -> dict[str, Any]:
@@ -221,7 +252,7 @@ def test_what_cannot_be_read_is_a_sentence(make: Make, tmp_path: Path) -> None:
 
 
 def gate(new: str, old: str, *tolerance: str, clearly: bool = False) -> list[check.Verdict]:
-    return check.check(sides([new])[0], sides([old])[0], check.tolerances(tolerance or ("0.05",)), clearly=clearly)
+    return check.check(sides([new])[0], sides([old])[0], check.tolerances(tolerance or ("0.05",)), clearly=clearly)[0]
 
 
 def test_ten_percent_slower_fails_five_percent_and_passes_twenty(make: Make) -> None:
@@ -237,6 +268,27 @@ def test_ten_percent_slower_fails_five_percent_and_passes_twenty(make: Make) -> 
 def test_a_load_that_became_void_fails(make: Make) -> None:
     found = [one for one in gate(make(void=True), make()) if one.metric == "verdict"]
     assert [(one.at, one.outcome) for one in found] == [("4 copies", "worse")]
+
+
+def test_a_run_with_nothing_left_fails_and_is_no_mistake(make: Make) -> None:
+    """A server that stopped answering: exit code 1 and a JUnit file, not 2 and none."""
+    new = Path(make())
+    tree = json.loads((new / "summary.json").read_text())
+    for stage in tree["stages"]:
+        stage["verdict"]["level"], stage["throughput"] = "void", None
+    tree["headline"]["n_slo"] = None
+    (new / "summary.json").write_text(json.dumps(tree))
+    found = gate(str(new), make())
+    assert {one.at for one in found if one.metric == "verdict" and one.outcome == "worse"} == {"1 copy", "4 copies"}
+
+
+def test_the_gate_says_what_else_differs_and_that_noise_is_wider_than_the_tolerance(make: Make) -> None:
+    hardware = {"kind": "rented", "usd_per_device_hour": synthetic.quoted(4.0), "utilisation": 0.5}
+    new, old = make("b", 0.1037, prices=synthetic.spec()["prices"] | {"hardware": hardware}), make("a", 0.1011)
+    _, notes = check.check(sides([new])[0], sides([old])[0], check.tolerances(["0.001"]))
+    assert any("usd_per_device_hour.value" in note for note in notes)
+    assert any("inside one run each" in note for note in notes)
+    assert any("wider than the tolerance" in note for note in notes)
 
 
 def test_a_load_that_is_gone_fails(make: Make) -> None:

@@ -111,6 +111,20 @@ def test_a_folder_becomes_series(tmp_path: Path) -> None:
     assert "a year [" in sheet.headline
 
 
+def test_runs_without_a_model_are_no_points_of_a_model_and_changed_settings_are_said(tmp_path: Path) -> None:
+    """A simulated engine's speed on a line with a real one's would be a trend of nothing."""
+    spec = summaries.good().run["spec"]
+    cluster = spec.get("cluster") or {}
+    days = [f"2026-0{n}-01T00:00:00+00:00" for n in (1, 2, 3)]
+    folder(tmp_path / "a", [(day, 0.01 + n / 1000, {}) for n, day in enumerate(days)])
+    folder(tmp_path / "b", [(days[0], 0.02, {"spec": spec | {"cluster": cluster | {"simulated_engine": {"step_s": 0.05}}}})])
+    assert [len(one.points) for one in history.group(history.read(str(tmp_path))[0])] == [3, 1]
+    folder(tmp_path / "c", [("2026-04-01T00:00:00+00:00", 0.01, {"spec": spec | {"cluster": cluster | {"engine": {"dtype": "bfloat16"}}}})])
+    series = history.group(history.read(str(tmp_path))[0])
+    assert [len(one.points) for one in series] == [4, 1]
+    assert any("engine's settings in the specs changed" in said for section in history.sheet("x", series, []).sections for said in section.sentences)
+
+
 def test_nothing_to_read_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=r"no summary\.json in it"):
         history.read(str(tmp_path))

@@ -15,7 +15,7 @@ from kilocopy import planning
 from kilocopy.fleet import Failure, Fleet, Load, Played, Replica
 from kilocopy.planning import Asked
 from kilocopy.problem import ProblemError
-from kilocopy.spec import LognormalLength, load
+from kilocopy.spec import LognormalLength, Spec, load
 from kilocopy.summaries import Finished
 from kilocopy.summary import Summary
 from tests import summaries, synthetic
@@ -172,12 +172,29 @@ def test_the_smallest_fleet_is_the_smallest() -> None:
     assert not planning.play(fitted, spec, Asked(rate_per_s=90), best.replicas - 1)[0].held
     assert {one.replicas for one in tried if one.held} <= set(range(best.replicas, 100))
     cost = planning.bill(spec, run, best)
-    assert cost.hardware_usd_per_h == pytest.approx(2.0 * best.replicas)
+    assert cost.hardware_usd_per_h.mid == pytest.approx(2.0 * best.replicas)
+    assert cost.usd_per_h.low is None  # no price in the spec has a band
+    assert cost.usd_per_page is not None
+    assert cost.usd_per_page.mid == pytest.approx(cost.usd_per_h.mid / (cost.pages_per_h or 0))
     with pytest.raises(ProblemError, match="throughput alone needs 3 replicas"):
         planning.smallest(fitted, spec, Asked(rate_per_s=90), 1)
     strict = spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": 0.001})})
     with pytest.raises(ProblemError, match=r"no fleet of up to 2 replicas .* 0.0 % of the streams"):
         planning.smallest(fitted, strict, Asked(rate_per_s=10), 2)
+
+
+def test_the_bill_goes_over_the_prices_bands_and_counts_whole_gpus() -> None:
+    run = measured(made(), (1, 4, 16, 48))
+    spec, fitted = planning.known_spec(run), planning.fit(planning.levels(run))
+    tree = spec.model_dump(mode="json")
+    tree["prices"]["hardware"] = {"kind": "rented", "usd_per_device_hour": synthetic.quoted(2.0, 1.0, 4.0), "utilisation": 0.5}
+    tree["cluster"]["hardware"] |= {"gpus_per_replica": 0.3}
+    outcome = planning.play(fitted, spec, Asked(rate_per_s=90), 7)[0]
+    cost = planning.bill(Spec.model_validate(tree), run, outcome)
+    assert cost.devices == 3  # three on a GPU, so 7 take 3, not 2.1
+    assert (cost.usd_per_h.low, cost.usd_per_h.mid, cost.usd_per_h.high) == (3.0, 6.0, 12.0)
+    assert cost.usd_per_page is not None
+    assert (cost.usd_per_page.high or 0) / cost.usd_per_page.mid == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
