@@ -115,7 +115,7 @@ def judged(row: Row) -> str:
     if prices is None or prices.low is None or prices.high is None:
         return said
     open_ = row.ratio.low * prices.low / row.ratio.value <= 1 <= row.ratio.high * prices.high / row.ratio.value
-    return f"{said} at the middle prices; {'left open by' if open_ else 'also over'} their bands {interval(prices.low, prices.high)}"
+    return f"{said}, {'open over' if open_ else 'over'} prices: {interval(prices.low, prices.high)}"
 
 
 def _headline(comparison: Comparison) -> str:

@@ -195,7 +195,7 @@ def test_bands_of_prices_that_both_sides_state_alike_move_both_at_once(make: Mak
     assert other.prices is not None
     assert other.ratio is not None
     assert (other.prices.low, other.prices.high) == (pytest.approx(other.ratio.value / 4), pytest.approx(other.ratio.value * 4))
-    assert "at the middle prices; left open by their bands" in side_by_side.judged(other)
+    assert "better, open over prices: [" in side_by_side.judged(other)
 
     owned = {"kind": "owned", "usd_per_device": synthetic.quoted(2000.0, 1000.0, 4000.0), "life_years": 5, "residual_fraction": 0, "utilisation": 0.5}
     prices = synthetic.spec()["prices"] | {"hardware": owned}
