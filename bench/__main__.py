@@ -228,7 +228,6 @@ def main() -> None:
                     name, PEERS[name], [level for level in levels if level in PEER_LEVELS], schedule, asked.window, asked.tries
                 )
             show(found)
-            report_of(ROWS_QUICK if asked.quick else ROWS)
     except NoCompilerError as error:
         sys.exit(str(error))
     path = BUILT / f"results/{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}_{platform.node()}.json"
@@ -236,6 +235,8 @@ def main() -> None:
     kept = {name: [level.as_json() for level in part] for name, part in found.items()}
     path.write_text(json.dumps({"hardware": where, "versions": manifest.versions(), "levels": kept}, indent=1) + "\n", encoding="utf-8")
     OUT.print(f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    if "kilocopy" in found and (asked.quick or peers):  # after what was measured is kept: it takes memory and a disk
+        report_of(ROWS_QUICK if asked.quick else ROWS)
 
 
 if __name__ == "__main__":

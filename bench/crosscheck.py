@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--together", action="store_true", help="both at the same time, not in turn")
-    parser.add_argument("--requests", type=int, default=400, help="with --together: so many by vllm, which have to outlast kilocopy's stage")
+    parser.add_argument("--requests", type=int, default=600, help="with --together: so many by vllm, which have to outlast kilocopy's stage")
     parser.add_argument("--request-rate", type=float, help="vllm sends at most so many requests a second, so that its streams are not in step; above what the servers do")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     asked = parser.parse_args()

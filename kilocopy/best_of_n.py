@@ -188,14 +188,14 @@ def _verified(asked: BestOfNExperiment, verdicts: Sequence[Mapping[str, Any]], a
 
 
 def _cheapest(arms: Sequence[Arm], counts: Sequence[tuple[int, int]], spread: Spread) -> list[int]:
-    """Every n at which a solved prompt may be cheapest, the likeliest first: those that are in 2.5 % of resamplings or more.
+    """Every n at which a solved prompt may be cheapest, the likeliest first: those that are in 2.5 % of resamplings or more; none where costs have no error.
 
     A resampling draws prompts with replacement, so pass@n moves at all n together, and each level's cost by its own error. The price is the
     same at every n and drops out.
     """
     known = [arm for arm in arms if arm.usd_per_sample is not None]
-    if len(known) < 2 or not any(passed for _, passed in counts):
-        return []
+    if len(known) < 2 or spread.basis == "none" or not any(passed for _, passed in counts):
+        return []  # without an error of the costs nothing says which n is cheaper
     draw = np.random.default_rng(0)
     passes = np.array([[pass_at(arm.samples, samples, passed) for arm in known] for samples, passed in counts])
     solved = np.array([passes[draw.integers(0, len(passes), len(passes))].mean(axis=0) for _ in range(RESAMPLINGS)])

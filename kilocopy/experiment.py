@@ -96,21 +96,21 @@ def _best_of_n(spec: Spec, asked: BestOfNExperiment) -> list[Serving]:
 
 
 def _k_shot(spec: Spec, asked: KShotExperiment) -> list[Serving]:
-    """All k in each repeat with the prefix cache and without, each served anew; the first repeat's order is drawn, and each next one's is turned round.
+    """All k in each repeat with the prefix cache and without, each served anew, in an order that turns round; on one serving where the cache is left as it is.
 
     So a machine that warms up or tires bears on both alike, and a serving's own luck is between repeats, where the intervals come from.
     """
-    order = list(asked.prefix_cache or (None,))
-    random.Random(schedule.draw(spec.workload.seed, "cache order")).shuffle(order)  # noqa: S311  # a seeded plan, not a secret
+    order: list[bool | None] = list(asked.prefix_cache or (None,))
+    rounds = [[repeat] for repeat in range(asked.repeats)] if asked.prefix_cache else [list(range(asked.repeats))]
     servings = []
-    for repeat in range(asked.repeats):
-        for cached in order if repeat % 2 == 0 else order[::-1]:
+    for number, repeats in enumerate(rounds):
+        for cached in order if number % 2 == 0 else order[::-1]:
             engine = spec.cluster.engine if cached is None else spec.cluster.engine | {"enable_prefix_caching": cached}
             served = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"engine": engine})})
             front = "" if cached is None else f"cache {'on' if cached else 'off'}, "
             levels = [(f"{front}{k} example{'' if k == 1 else 's'}", asked.copies, _examples(spec, asked, k)) for k in asked.levels]
             plain_spec = served.model_copy(update={"experiment": None, "stages": [asked.at(asked.copies)]})
-            servings.append(Serving(plain_spec, _shuffled(served, asked, levels, [repeat]), fresh=cached is not None))
+            servings.append(Serving(plain_spec, _shuffled(served, asked, levels, repeats), fresh=cached is not None))
     return servings
 
 

@@ -570,9 +570,9 @@ def log_ticks(values: list[float], write: Callable[[float | None], str] = number
     """A log axis labelled at 1, 2 and 5 of each decade that the values touch; at 1 alone where they span many, and closer where fewer than three would lie among them."""
     known = [value for value in values if value > 0] or [1.0]
     first, last = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
-    steps = (1, 2, 5) if math.log10(max(known) / min(known)) < 2.5 else (1,)
+    steps = (1, 2, 5) if math.log10(max(known) / min(known)) < 3 else (1,)
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    if sum(min(known) <= tick <= max(known) for tick in ticks) < TICKS_MIN and len(set(known)) > 1:
+    if sum(min(known) <= tick <= max(known) for tick in ticks) < TICKS_MIN and len(steps) > 1 and len(set(known)) > 1:
         each = 10.0 ** math.floor(math.log10((max(known) - min(known)) / 2))
         each = max(each, 1.0) if all(value % 1 == 0 for value in known) else each  # there is no half a replica
         ticks = [place * each for place in range(math.floor(min(known) / each), math.ceil(max(known) / each) + 1) if place]

@@ -372,7 +372,7 @@ def _loss_words(loss: Loss) -> str:
     if part.high is not None and part.high >= 1:
         return f"no part of the way lost more than the servings differ by (the most in the {where}: x {_told(part, '.3g')})"
     inside = loss.queue.value * loss.engine.value
-    if part in (loss.queue, loss.engine) and loss.router is not None and loss.router <= math.sqrt(inside):
+    if part in (loss.queue, loss.engine) and loss.router is not None and loss.router <= math.sqrt(part.value) and inside <= math.sqrt(part.value):
         return (
             f"most of the loss may be the router's uneven dealing: it can have cost up to x {loss.router:.3g} of the x {inside:.3g} that was lost "
             f"in the engines and their queues (the busiest replica ran {loss.imbalance:.3g} times the mean)"

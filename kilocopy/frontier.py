@@ -167,7 +167,7 @@ def speed_held(speeds: Floats, quantile: float, part: float = 1.0) -> Estimate |
     ordered, share, count = np.sort(speeds), 1 - quantile, max(1, int(len(speeds) * part))
     value = float(np.quantile(ordered, share, method="inverted_cdf"))
     low, high = np.searchsorted(bdtr(np.arange(count + 1), count, share), [0.025, 0.975])
-    first, last = math.floor(low / count * len(ordered)), math.ceil((high + 1) / count * len(ordered))
+    first, last = int(low) * len(ordered) // count, -(-(int(high) + 1) * len(ordered) // count)  # whole numbers: 1 / 49 * 49 is under 1
     ends = (float(ordered[first - 1]) if first else 0.0), float(ordered[min(last, len(ordered)) - 1])
     return Estimate(value=value, low=min(ends[0], value), high=max(ends[1], value))
 

@@ -92,6 +92,8 @@ def find(spec: Spec, played: Sequence[Played], beside: Beside) -> KShotFinding:
     order = _order(spec, asked, played)
     if len(order) > 1:
         notes.append(f"Played in this order: prefix cache {', '.join('on' if cached else 'off' for cached in order)}; within each, the examples in random order.")
+    if spread.basis == "repeats" and asked.prefix_cache:
+        notes.append("All levels of a repeat share one serving: where servings differ, the levels' own intervals are too narrow; slopes are differences inside a serving and hardly have it in them.")
     if spread.basis == "within_run":
         notes.append("Intervals are from inside the runs: what moves from one start of the driver to the next is not in them; more repeats would show it.")
     return KShotFinding(

@@ -165,14 +165,14 @@ def _scaling(found: ScalingFinding, pages: int) -> tuple[list[Table], list[str]]
         ],
         f"{found.copies_per_replica:,} copies for each replica; intervals between servings. Driver x proxy x queue x engine: tokens/s of a copy against one replica alone, "
         "split into copies kept in flight, of them at the engines, of them running, and the speed of a running sequence. Router, at worst: what its uneven dealing can have left "
-        "of queue x engine, where 1 is nothing lost. Busiest / mean: running sequences, over the window.",
+        "of queue x engine, as far as one scrape a second shows, where 1 is nothing lost. Busiest / mean: running sequences, over the window.",
     )
     sentences = []
     if found.fit is not None:
         law = {"usl": "Universal Scalability Law", "amdahl": "Amdahl's law (kappa = 0)", "linear": "linear"}[found.fit.law]
         fitted = f"Fitted: {law}; one replica {spread(found.fit.rate_of_one)} tokens/s"
         for name, term in (("sigma", found.fit.sigma), ("kappa", found.fit.kappa)):
-            fitted += f", {name} {spread(term)}" if term.value else f", {name} dropped, at most {number(term.high)}" if term.high is not None else f", {name} not looked for"
+            fitted += f", {name} {spread(term)}" if term.value else f", {name} dropped, at most {number(term.high)}" if term.high is not None else f", {name} not in it"
         fitted += f"; lack of fit p = {found.fit.lack_of_fit_p:.2g}" if found.fit.lack_of_fit_p is not None else ""
         sentences.append(f"{fitted}. Intervals: 95 %, bootstrap over servings.")
     return [levels], [*sentences, *([found.sharing] if found.sharing else [])]

@@ -657,7 +657,7 @@ class KShotExperiment(Timed):
     example_tokens: Count | None = Field(None, description="For synthetic prompts: tokens of one example, in front of the workload's input_tokens.")
     copies: Count
     prefix_cache: tuple[bool, ...] | None = Field((True, False), min_length=1, description="What is served, anew in each repeat: with the prefix cache, without; the order is drawn and turned round from repeat to repeat. null: the engine as it is.")
-    repeats: Annotated[int, Field(ge=1, le=100)] = Field(3, description="How often each level is played, all in one random order. One carries no interval between repeats.")
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(3, description="How often each level is played; with prefix_cache each time on a serving of its own, the order in it random. One carries no interval between repeats.")
 
     @property
     def levels(self) -> tuple[int, ...]:

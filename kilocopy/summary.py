@@ -28,7 +28,7 @@ class Estimate(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _bare(cls, given: Any) -> Any:
-        return {"value": given} if isinstance(given, int | float) else given  # summaries before 2026-11-27 have some figures without interval
+        return {"value": given} if isinstance(given, int | float) else given  # summaries before 2026-11-26 have some figures without interval
 
 
 class Percentiles(Frozen):

@@ -219,6 +219,8 @@ def _timed(asked: OpenStage, streams: Streams, start_s: float, end_s: float, end
         why = "the token rate was still changing in the second half (MSER-5)"
         voids.append(Reason(code="no-steady-state", sentence=f"No steady state: {why}. Give it a longer warmup_s or duration_s."))
         window = _window(start_s, end_s, f"from the end of the warm-up until {end}; MSER-5 found no steady part of it")
+    if window.duration_s < WINDOW_S_MIN:
+        return Found(None, (_too_short(window.start_s, window.end_s),))
     grown = steady.growth(in_flight(streams, window), 1 / asked.burstiness if isinstance(asked, GammaStage) else 1.0)
     if grown is not None:
         voids.append(_backlog(streams, window, grown))

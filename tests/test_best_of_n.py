@@ -288,6 +288,7 @@ def test_the_cheapest_n_is_told_with_what_it_is_not_told_apart_from() -> None:
     independent = [(8, passed) for passed in [0, 1, 2, 1, 0, 1, 1, 2] * 40]  # about one in eight passes, whatever the prompt: k samples solve nearly k times as often
     assert _cheapest([arm(1, 1.0, 0.01), arm(8, 0.5, 0.01)], independent, spread) == [8]
     assert _cheapest([arm(1, 1.0, 0.01), arm(8, 0.99, 0.01)], [(8, 8)] * 160 + [(8, 0)] * 160, spread) == [1]  # the others never pass: more samples buy nothing
+    assert _cheapest([arm(1, 1.0, 0.01), arm(8, 0.5, 0.01)], independent, Spread("none", 0.0, 0)) == [], "costs without an error"
     close = _cheapest([arm(1, 1.0, 0.1), arm(2, 0.985, 0.1)], [(2, 1)] * 160 + [(2, 0)] * 160, spread)  # 2 x 0.985 for twice as many solved
     assert sorted(close) == [1, 2]
     assert _cheapest([arm(1, 1.0, 0.1), arm(2, 0.5, 0.1)], [(2, 0)] * 9, spread) == []

@@ -301,5 +301,5 @@ def test_ray_up_waits_for_its_nodes_then_serves_and_down_ends_them(here: Here) -
     with pytest.raises(ProblemError, match="log in to your cloud first"):
         raylauncher.up(spec("h100"), here.folder, here.say)
     here.world(up_fails="ImportError: The Ray AWS VM launcher requires the AWS SDK for Python (Boto3) to be installed. You can install it with `pip install boto3`.")
-    with pytest.raises(ProblemError, match="`pip install boto3`. Nothing was started.$"):
+    with pytest.raises(ProblemError, match=r"`pip install boto3`\. Nothing was started\.$"):
         raylauncher.up(spec("h100"), here.folder, here.say)

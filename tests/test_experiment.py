@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from kilocopy import campaign, experiment, recording, replicas
-from kilocopy.findings import FINDERS
+from kilocopy.findings import FINDERS, _loss_words
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import read_manifest, summarise
 from kilocopy.spec import Experiment, Spec
-from kilocopy.summary import Estimate, Marginal
+from kilocopy.summary import Estimate, Loss, Marginal
 from tests import synthetic
 from tests.synthetic import Run
 
@@ -333,6 +333,18 @@ def test_the_router_can_be_where_most_of_the_loss_goes(tmp_path: Path) -> None:
     assert loss is not None
     assert (loss.router, loss.imbalance) == (pytest.approx(0.5, rel=0.03), pytest.approx(2, rel=0.01))
     assert "most of the loss may be the router's uneven dealing: it can have cost up to x 0.5" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("queue", "engine", "router", "blamed"),
+    [(0.95, 1.06, 1.0, False), (0.7, 1.4, 0.98, False), (0.6, 1.0, 0.97, False), (0.6, 1.0, 0.7, True), (1.0, 0.5, 0.6, True)],
+)
+def test_the_router_is_blamed_only_for_what_it_can_have_cost(queue: float, engine: float, router: float, blamed: bool) -> None:
+    def part(value: float) -> Estimate:
+        return Estimate(value=value, low=value - 0.01, high=value + 0.01)
+
+    loss = Loss(driver=part(1.02), proxy=part(1.02), queue=part(queue), engine=part(engine), imbalance=1.5, router=router)
+    assert ("uneven dealing" in _loss_words(loss)) == blamed
 
 
 def test_replicas_that_are_even_only_in_the_mean_are_not_even(tmp_path: Path) -> None:

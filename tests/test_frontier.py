@@ -98,6 +98,9 @@ def test_the_speed_held_and_how_often_its_interval_holds_the_true_one() -> None:
         inside += found.low <= true <= found.high
     assert 0.93 <= inside / 300 <= 0.995
     assert frontier.speed_held(np.array([]), 0.9) is None
+    few = frontier.speed_held(np.arange(10.0, 59.0), 0.9)  # 49 streams: the 2.5 % rank is the first, and 1 / 49 * 49 is under 1
+    assert few is not None
+    assert few.low == 10
     assert frontier.speed_held(np.array([0.0, 5.0]), 0.9).value == 0  # type: ignore[union-attr]  # half of them missed the TTFT
 
 

@@ -203,6 +203,8 @@ def test_a_log_axis_names_three_of_its_values_at_least() -> None:
     assert ticks(200, 260) == ["200", "210", "220", "230", "240", "250", "260"]
     assert ticks(1, 10)[:4] == ["1", "2", "5", "10"]
     assert len(ticks(0.0012, 0.0019)) >= 3
+    assert ticks(150, 50_000) == ["100", "200", "500", "1,000", "2,000", "5,000", "10,000", "20,000", "50,000", "100,000", "200,000", "500,000"][: len(ticks(150, 50_000))]
+    assert ticks(1, 5_000) == ["1", "10", "100", "1,000", "10,000"]
 
 
 def test_powers_of_ten_in_words() -> None:
