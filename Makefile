@@ -24,7 +24,10 @@ demo: setup ## train the demo model (once), serve 2 replicas, drive 1..64 copies
 test: setup ## lint, types and all tests, with the real Ray, vLLM and Locust
 	@bash requirements/test_tools.sh
 	@$(MAKE) --no-print-directory lint types
-	@$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -m "not alone" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m alone || failed=1; \
+	exit $$failed
 
 bench: setup ## how many streams one core reads honestly, beside a loop in C and other load generators (ARGS=--quick: a minute)
 	@$(BIN)/python -m bench $(ARGS)

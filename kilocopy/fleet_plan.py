@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kilocopy import planning, price
 from kilocopy.figures import BLUE, GREY, ORANGE, Figure, dressed, log_ticks
-from kilocopy.planning import Asked, Bill, Deviation, Level, Outcome
+from kilocopy.planning import Asked, Bill, Deviation, Level, Outcome, Redrawn
 from kilocopy.problem import ProblemError
 from kilocopy.report import band, money, number, percent, seconds
 from kilocopy.sheet import Rows, Section, Sheet, print_sheet, write_sheet
@@ -40,14 +40,15 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
     tried = planning.smallest(replica, spec, asked, most)
     best = tried[-1]
     after = planning.play(replica, spec, asked, best.replicas, node)[1] if 0 < node < best.replicas else None
+    draws = planning.redrawn(replica, spec, asked, tried)
     own = planning.deviations(replica, spec, finished)
     cost = planning.bill(spec, finished, best)
     stood_in = [one.summary.simulated for one in (finished, fleet) if one is not None and one.summary.simulated]
-    page = sheet(spec, asked, tried, after, cost, found, own, checked, node)
+    page = sheet(spec, asked, tried, draws, after, cost, found, own, checked, node)
     page = replace(page, headline=" ".join([*dict.fromkeys(stood_in), page.headline]))
     write_sheet(page, html)
     if as_json:
-        parts: dict[str, Sequence[Frozen]] = {"tried": tried, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
+        parts: dict[str, Sequence[Frozen]] = {"tried": tried, "redrawn": draws, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
         told = {name: [one.model_dump() for one in part] for name, part in parts.items()}
         print(json.dumps(told | {"stored_validation": planning.stored(), "simulated": finished.summary.simulated}, indent=2))
     else:
@@ -56,8 +57,9 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
 
 
 def sheet(
-    spec: Spec, asked: Asked, tried: list[Outcome], after: Outcome | None, cost: Bill, found: list[Level], own: list[Deviation], checked: list[Deviation], node: int
-) -> Sheet:
+    spec: Spec, asked: Asked, tried: list[Outcome], draws: list[Redrawn], after: Outcome | None, cost: Bill,
+    found: list[Level], own: list[Deviation], checked: list[Deviation], node: int,
+) -> Sheet:  # fmt: skip
     """The whole plan."""
     best = tried[-1]
     what = f"{asked.copies:,} copies at once" if asked.copies else f"{asked.rate_per_s:,g} requests/s"
@@ -72,7 +74,7 @@ def sheet(
         headline=answer,
         notes=[_slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
         sections=[
-            Section("Fleets that were tried", table=_fleets(tried, after), figures=[curve(tried, spec)]),
+            Section("Fleets that were tried", table=_fleets(tried, after), sentences=draws_told(draws), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
             Section("One replica, as measured", table=_replica(found), sentences=_assumptions(spec, found, asked)),
             Section("What the simulation is worth", sentences=_validation() if checked else [], table=_deviations(own, checked)),
@@ -99,6 +101,19 @@ def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
     worst = checked or own
     which = "the run given with --against" if checked else "its own stages, played again (how well the fit fits, and no validation),"
     return f"against {which} throughput is off by {percent(max(abs(one.throughput) for one in worst))} at most, TTFT p50 by {percent(max(abs(one.ttft) for one in worst))}."
+
+
+def draws_told(draws: list[Redrawn]) -> list[str]:
+    """Whether the answer is the load's or one draw's."""
+    told = [
+        f"{one.replicas:,} replica{'s' if one.replicas > 1 else ''} held the SLO in {one.held} of {one.draws} draws of this load "
+        f"({percent(one.attainment_low)} to {percent(one.attainment_high)} of the streams)"
+        for one in draws
+    ]
+    if not told:
+        return []
+    decided = draws[0].held == draws[0].draws and all(one.held == 0 for one in draws[1:])
+    return ["; ".join(told) + ("." if decided else ": the draw decides between these, and not the load alone; take the larger fleet, or one more.")]
 
 
 def _fleets(tried: list[Outcome], after: Outcome | None) -> Rows:
@@ -159,7 +174,7 @@ def _assumptions(spec: Spec, found: list[Level], asked: Asked) -> list[str]:
         f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
         f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
         "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",
-        "One seed was played, and whether a fleet holds the SLO is told without an interval; above 100 replicas their number is found to 1 %.",
+        "Above 100 replicas their number is found to 1 %.",
         "Lengths are drawn as the spec asks; where answers may end earlier (`ignore_eos: false`), the fleet is told too large.",
         "Prompts are as long as the measured run's; a fleet asked for other prompts needs a run with them.",
     ]

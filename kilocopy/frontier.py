@@ -23,6 +23,7 @@ from kilocopy import search
 from kilocopy.ratios import BATCHES
 from kilocopy.recording import Floats
 from kilocopy.spec import Slo
+from kilocopy.streams import Mask
 from kilocopy.summary import Estimate, Knee
 
 Z_95 = 1.959963984540054
@@ -141,18 +142,22 @@ def per_further(below: tuple[Floats, Floats], above: tuple[Floats, Floats]) -> E
 
 
 def independent(speeds: Floats, quantile: float) -> float:
-    """The part of a level's streams that counts as independent, from how far twentieths of them, in the order of their begin, differ in what misses the quantile.
+    """The part of a level's streams that counts as independent in what misses the quantile; speeds in the order of the streams' begin."""
+    return independent_part(speeds <= (1 + SAME) * np.quantile(speeds, 1 - quantile, method="inverted_cdf")) if len(speeds) else 1.0
+
+
+def independent_part(missed: Mask) -> float:
+    """The part of streams that counts as independent in a share of them, from how far twentieths of them, in the order of their begin, differ in it.
 
     Streams that share a batch are alike: two hundred that were slow together are few observations of how often it is slow. This is the
     design effect of a cluster sample (Kish, Survey Sampling, 1965), never above 1, and 1 where there are too few streams to tell.
     """
-    if len(speeds) < 2 * BATCHES:
+    if len(missed) < 2 * BATCHES:
         return 1.0
-    below = speeds <= (1 + SAME) * np.quantile(speeds, 1 - quantile, method="inverted_cdf")
-    alone = float(below.mean() * (1 - below.mean())) / len(speeds)
+    alone = float(missed.mean() * (1 - missed.mean())) / len(missed)
     if alone == 0:
         return 1.0
-    clustered = float(np.var([part.mean() for part in np.array_split(below, BATCHES)], ddof=1)) / BATCHES
+    clustered = float(np.var([part.mean() for part in np.array_split(missed, BATCHES)], ddof=1)) / BATCHES
     return 1 / max(1.0, clustered / alone * (float(stdtrit(BATCHES - 1, 0.975)) / Z_95) ** 2)
 
 

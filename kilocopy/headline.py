@@ -52,7 +52,8 @@ def as_level(stage: Stage, slo: Slo) -> search.Level:
     codes = {reason.code for reason in stage.verdict.reasons}
     sound = not stage.driver.limited and "interrupted" not in codes and stage.copies.error_fraction is not None
     attained = stage.copies.slo_attained
-    missed = attained is not None and search.wilson(attained, stage.copies.slo_judged)[1] < slo.quantile
+    part = stage.copies.slo_independent
+    missed = attained is not None and search.wilson(attained * part, stage.copies.slo_judged * part)[1] < slo.quantile
     own = {"sends-dropped", "backlog-grows"} if missed else {"sends-dropped"}
     sound = sound and ((stage.copies.error_fraction or 0.0) > slo.error_fraction_max or codes <= own)
     return search.Level(
@@ -61,11 +62,12 @@ def as_level(stage: Stage, slo: Slo) -> search.Level:
         attained=attained or 0,
         error_fraction=stage.copies.error_fraction or 0.0,
         sound=sound,
+        independent=part,
     )
 
 
 def _row(stage: Stage, level: search.Level, slo: Slo) -> SearchLevel:
-    low, high = search.wilson(level.attained, level.judged) if level.judged else (None, None)
+    low, high = search.likely(level) if level.judged else (None, None)
     return SearchLevel(
         level=stage.level,
         load=level.load,
@@ -97,7 +99,7 @@ def _search_sentence(asked: SearchStage, answer: search.Answer, tried: Sequence[
         smallest = load(min(level.load for level in tried), asked.over)
         return f"No load held the SLO ({slo_words(slo)}), down to {smallest}: {reason}."
     held = next(level for level in search.pooled(tried) if level.load == answer.load)
-    low, high = search.wilson(held.attained, held.judged)
+    low, high = search.likely(held)
     share = f"{100 * held.attained / max(held.judged, 1):.1f} % of {held.judged:,} streams did, [{100 * low:.1f}, {100 * high:.1f}] %"
     least = f"{load(answer.low, asked.over)} clearly held" if answer.low is not None else "no load clearly held"
     most = f"{load(answer.high, asked.over)} clearly missed" if answer.high is not None else "none clearly missed"

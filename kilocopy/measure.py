@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from kilocopy import health, identity, summary, windows
+from kilocopy import frontier, health, identity, summary, windows
 from kilocopy.identity import check_copies, check_littles_law, check_tokens, gauge, gauge_mean
 from kilocopy.recording import Recording, Samples
 from kilocopy.spec import ClosedStage, PlainStage, Slo, Spec, StepsStage, SyntheticPrompts, TraceStage
-from kilocopy.streams import Floats, Gaps, Streams
+from kilocopy.streams import Floats, Gaps, Mask, Streams
 from kilocopy.summary import Check, Estimate, Percentiles, Reason
 from kilocopy.windows import Span, busy_s, mean_in_flight
 
@@ -168,12 +168,12 @@ def steps_of(streams: Streams, samples: int) -> Floats:
     return np.asarray(np.maximum(streams.output_tokens / samples - 1, 0), dtype=np.float64)
 
 
-def attained(streams: Streams, slo: Slo, asked: PlainStage, samples: int = 1) -> int:
-    """How many ok streams held the speed, (tokens - 1) / (last - first), and the TTFT. One token alone has no speed to miss."""
+def attaining(streams: Streams, slo: Slo, asked: PlainStage, samples: int = 1) -> Mask:
+    """Which ok streams held the speed, (tokens - 1) / (last - first), and the TTFT. One token alone has no speed to miss."""
     steps = steps_of(streams, samples)
     fast = steps >= slo.tokens_per_s_per_copy * (streams.last_s - streams.first_s)
     soon = streams.first_s - begun_s(streams, asked) <= slo.ttft_s
-    return int((fast & soon).sum())
+    return np.asarray(fast & soon)
 
 
 def judged(streams: Streams, window: summary.Window, asked: PlainStage) -> Streams:
@@ -192,7 +192,7 @@ def _window_streams(spec: Spec, recording: Recording, span: Span) -> tuple[Strea
 def held_speed(spec: Spec, recording: Recording, span: Span, slo: Slo) -> tuple[int, int]:
     """How many streams of a level are judged, and how many of them held this SLO's speed and TTFT."""
     counted, asked = _window_streams(spec, recording, span)
-    return len(counted.stage), attained(counted, slo, asked, spec.workload.samples)
+    return len(counted.stage), int(attaining(counted, slo, asked, spec.workload.samples).sum())
 
 
 def effective_speeds(spec: Spec, recording: Recording, span: Span, slo: Slo) -> Floats:
@@ -411,10 +411,12 @@ def _slo(streams: Streams, window: summary.Window, spec: Spec, asked: PlainStage
     told: dict[str, Any] = {"slo_judged": len(counted.stage), "error_fraction": errors, "slo_held": None}
     if withheld or not len(counted.stage):
         return told
-    held = attained(counted, slo, asked, spec.workload.samples)
+    attained = attaining(counted, slo, asked, spec.workload.samples)
+    held = int(attained.sum())
     share = held / len(counted.stage)
     return told | {
         "slo_attained": held,
+        "slo_independent": frontier.independent_part(attained[np.argsort(begun_s(counted, asked), kind="stable")]),
         "slo_attainment": share,
         "slo_held": share >= slo.quantile and errors <= slo.error_fraction_max,
     }

@@ -81,6 +81,7 @@ def render_html(summary: Summary) -> str:
     )
     return environment.get_template("report.html.j2").render(
         summary=summary,
+        answer=report.answer(summary),
         name=str(summary.run.get("name") or summary.run.get("id") or "run"),
         cards=_cards(summary) if summary.experiment is None or summary.experiment.kind == "frontier" else [],
         stages=[_stage(stage, pages, shared) for stage in summary.stages],

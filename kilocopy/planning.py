@@ -37,6 +37,7 @@ RESIDUAL_STEPS = 1.5  # median of what is left of the running step, U(0, 1), and
 WARM_RESIDENCES, COUNTED_RESIDENCES = 3.0, 6.0
 ARRIVALS_MIN = 2000
 LONGEST = 0.999  # of the lengths
+DRAWS = 5  # of a fleet that decides
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def together(runs: Sequence[Finished]) -> Finished:
     """Repeats of a run as one: the first, with the stages of all. Raises ProblemError for runs that are no repeats of each other."""
     first = runs[0]
     for other in runs[1:]:
-        if other.key != first.key:
-            raise ProblemError(f"{other.path}: is no repeat of {first.path}: its spec, its engine's version or its driver's host differs; name repeats of one run")
+        if apart := first.apart(other):
+            raise ProblemError(
+                f"{other.path}: is no repeat of {first.path}: the {', the '.join(apart)} differ{'s' * (len(apart) == 1)}; "
+                "name repeats of one run, and runs of more replicas each with an --against of its own"
+            )
     return replace(first, summary=first.summary.model_copy(update={"stages": [stage for run in runs for stage in run.summary.stages]}))
 
 
@@ -293,6 +297,30 @@ def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outc
         low, high = (low, middle) if outcome.held else (middle, high)
     best = next(outcome for outcome in tried if outcome.replicas == high)
     return [*(one for one in tried if one is not best), best]
+
+
+class Redrawn(Frozen):
+    """The same fleet through so many draws of the same load: in how many the SLO was held, and between which shares of the streams."""
+
+    replicas: int
+    draws: int
+    held: int
+    attainment_low: float
+    attainment_high: float
+
+
+def redrawn(replica: Replica, spec: Spec, asked: Asked, tried: Sequence[Outcome]) -> list[Redrawn]:
+    """The answer, last of those tried, and the largest below it that missed, each with further seeds: whether a draw decided between them."""
+    best = tried[-1]
+    below = max((one for one in tried if one.replicas < best.replicas), key=lambda one: one.replicas, default=None)
+    found = []
+    for first in (best, below):
+        if first is None or first.overloaded:
+            continue
+        drawn = [first, *(play(replica, spec, replace(asked, seed=asked.seed + more), first.replicas)[0] for more in range(1, DRAWS))]
+        shares = [one.attainment for one in drawn]
+        found.append(Redrawn(replicas=first.replicas, draws=DRAWS, held=sum(one.held for one in drawn), attainment_low=min(shares), attainment_high=max(shares)))
+    return found
 
 
 class Bill(Frozen):

@@ -225,9 +225,14 @@ def print_report(summary: Summary, console: Console) -> None:
         console.width = width
 
 
+def answer(summary: Summary) -> str:
+    """The headline, without how far the run came where that stands below it in red."""
+    return summary.headline.sentence.replace(summary.status_sentence, "").strip() if summary.status == "interrupted" else summary.headline.sentence
+
+
 def _parts(summary: Summary, width: int) -> Iterator[Text | Table]:
     """What the report says, in order."""
-    yield wrapped(summary.headline.sentence, width, style="bold")
+    yield wrapped(answer(summary), width, style="bold")
     if summary.status == "interrupted":
         yield wrapped(f"INTERRUPTED: {summary.status_sentence}", width, style="bold red")
     yield wrapped(_conditions(summary), width, style="dim")

@@ -47,6 +47,11 @@ def wilson(attained: float, judged: float, z: float = Z_95) -> tuple[float, floa
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def likely(level: Level) -> tuple[float, float]:
+    """Wilson's interval of the share that attained, of as many streams as count as independent (Korn and Graubard, Survey Methodology 24, 1998)."""
+    return wilson(level.attained * level.independent, level.judged * level.independent)
+
+
 def attains(row: Mapping[str, Any], slo: Slo, *, from_scheduled: bool, samples: int = 1) -> bool:
     """Whether an ok row (records.REQUESTS) held the SLO: TTFT from its scheduled time in open loop, else from its send; and the
     speed (tokens - 1) / (last - first), tokens of the mean sample where a request asks for several. One token alone has no speed to miss.
@@ -78,7 +83,7 @@ def verdict(level: Level, slo: Slo) -> Literal["held", "missed", "unclear", "uns
         return "unsound"
     if level.error_fraction > slo.error_fraction_max:
         return "missed"
-    low, high = wilson(level.attained * level.independent, level.judged * level.independent)
+    low, high = likely(level)
     if level.judged and low >= slo.quantile:
         return "held"
     return "missed" if level.judged and high < slo.quantile else "unclear"

@@ -8,7 +8,18 @@ from typing import Any
 
 from kilocopy.k_shot import scaled
 from kilocopy.report import BADGES, DASH, band, interval, money, number, percent, place, seconds, times
-from kilocopy.summary import Arm, BestOfNFinding, Estimate, FrontierFinding, KShotFinding, ScalingFinding, ShotLevel, Summary, Verified
+from kilocopy.summary import (
+    Arm,
+    BestOfNFinding,
+    Estimate,
+    FrontierFinding,
+    KShotFinding,
+    ScalingFinding,
+    ShotLevel,
+    SpeedLimit,
+    Summary,
+    Verified,
+)
 
 TITLES = {
     "frontier": "Frontier: copies 1..N on this hardware",
@@ -118,7 +129,7 @@ def _frontier(found: FrontierFinding, pages: int) -> tuple[list[Table], list[str
     )
     speeds = Table(
         "Copies at a speed",
-        ("tokens/s each", "N_SLO: held", "clearly held", "clearly missed", "curve crosses at [95 %]", "N_cluster"),
+        ("tokens/s each", "N_SLO: held", "clearly held", "clearly missed", "curve crosses at [95 %]", "N_cluster [from – to]"),
         [
             [
                 f"{one.tokens_per_s:g}",
@@ -126,15 +137,37 @@ def _frontier(found: FrontierFinding, pages: int) -> tuple[list[Table], list[str
                 _count(one.clearly_held),
                 _count(one.clearly_missed),
                 spread(one.crossing),
-                _count(None if one.n_cluster is None else round(one.n_cluster)),
+                _cluster(one),
             ]
             for one in found.speeds
         ],
-        f"N_SLO: the largest level at which {percent(found.quantile)} of the streams held the speed and the TTFT. Crossing: interpolated between levels.",
+        f"N_SLO: the largest level at which {percent(found.quantile)} of the streams held the speed and the TTFT. Crossing: interpolated between levels. "
+        "N_cluster: the training cluster's copies at N_SLO, from those that clearly held to those that clearly missed.",
     )
-    human = "; ".join(f"{number(count)} at {wpm} words/min" for wpm, count in sorted(found.n_human.items()))
+    human = "; ".join(f"{spread(count)} at {wpm} words/min" for wpm, count in sorted(_human(found).items()))
     sentences = [found.knee.sentence, *(one.sentence for one in found.speeds)]
-    return [levels, marginals, speeds], [*sentences, *([f"N_human, throughput equivalents at the fastest level: {human}."] if human else [])]
+    return [levels, marginals, speeds], [*sentences, *([f"N_human, throughput equivalents at the fastest level [95 %, of its tokens/s]: {human}."] if human else [])]
+
+
+def _cluster(one: SpeedLimit) -> str:
+    """N_cluster, and what the levels around it would make of the same GPUs."""
+    if one.n_cluster is None or not one.held:
+        return DASH
+    each = one.n_cluster / one.held
+    low, high = (None if end is None else each * end for end in (one.clearly_held, one.clearly_missed))
+    return f"{_count(round(one.n_cluster))} {interval(low, high)}".rstrip()
+
+
+def _human(found: FrontierFinding) -> dict[str, Estimate]:
+    """N_human with the relative interval of the tokens/s that it is made of: words per token are counted, and taken as exact."""
+    rates = [one.output_tokens_per_s for one in found.levels if one.output_tokens_per_s is not None]
+    rate = max(rates, key=lambda one: one.value, default=Estimate(value=1.0))
+
+    def scaled(count: float) -> Estimate:
+        low, high = (None if end is None else count * end / rate.value for end in (rate.low, rate.high))
+        return Estimate(value=count, low=low, high=high)
+
+    return {wpm: scaled(count) for wpm, count in found.n_human.items()}
 
 
 def _count(value: int | None) -> str:

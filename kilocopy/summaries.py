@@ -44,13 +44,24 @@ class Finished:
         return found if isinstance(found, dict) and found.get("kind") in MIXED else None
 
     @property
-    def key(self) -> str:
-        """Equal for runs that repeat each other: the same spec on the same engine versions and the same driver's host."""
+    def _same(self) -> dict[str, str]:
+        """What runs that repeat each other have in common: the spec, part by part, the engine's versions and the driver's host."""
         run = self.summary.run
         versions, host = run.get("versions") or {}, run.get("hardware") or {}
         gpus = [gpu.get("name") if isinstance(gpu, dict) else gpu for gpu in host.get("gpus") or []]
-        same = [self.spec, {name: versions.get(name) for name in ENGINE}, host.get("cpu"), host.get("cores"), gpus]
-        return json.dumps(same, sort_keys=True, default=str)
+        parts = {f"spec's {name}": value for name, value in self.spec.items()} | {f"version of {name}": versions.get(name) for name in ENGINE}
+        parts |= {"driver's host": [host.get("cpu"), host.get("cores"), gpus]}
+        return {name: json.dumps(value, sort_keys=True, default=str) for name, value in parts.items()}
+
+    @property
+    def key(self) -> str:
+        """Equal for runs that repeat each other."""
+        return json.dumps(self._same, sort_keys=True)
+
+    def apart(self, other: Finished) -> list[str]:
+        """In what the two are no repeats of each other; empty where they are."""
+        one, two = self._same, other._same
+        return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
 def read(path: Path) -> Finished:

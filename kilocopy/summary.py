@@ -87,6 +87,7 @@ class Copies(Frozen):
     slo_attainment: float | None  # fraction of streams that held the speed and the TTFT; null where latency is withheld
     slo_judged: int  # ok streams that were sent in the window (open loop: planned in it)
     slo_attained: int | None  # how many of them held the speed and the TTFT; null where latency is withheld
+    slo_independent: float = 1.0  # the part of those judged that counts as independent: streams of one moment are alike
     error_fraction: float | None  # errors over requests that were open in the window; open loop: and dropped arrivals over those planned
     n_human: dict[str, float]  # throughput equivalents by words per minute: "238", "150", "600"
 

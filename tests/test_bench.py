@@ -19,6 +19,8 @@ from bench.levels import Level, honest_streams
 from bench.truth import Schedule, build, server
 from kilocopy.problem import ProblemError
 
+pytestmark = pytest.mark.alone
+
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 
 

@@ -26,6 +26,8 @@ from kilocopy.spec import Spec
 from tests.deployments import ROOT, SAFE, document
 from tests.test_e2e import free_port
 
+pytestmark = pytest.mark.alone
+
 BIN = Path(sys.executable).parent
 ADDRESS = re.compile(r"--address='([\w.:]+)'")
 

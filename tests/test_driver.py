@@ -25,7 +25,7 @@ from tests.faults import Server
 
 CHECKOUT = Path(__file__).parent.parent
 SMOKE = load(CHECKOUT / "loadtests/specs/smoke.yaml")
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]
 WAYS = {  # the server's ways, and what a row says of them
     "http_500": "http_5xx", "close_mid": "truncated", "garbage": "bad_stream",
     "http_401": "http_4xx", "stall_mid": "timeout_stall", "ok": "ok",

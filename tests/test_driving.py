@@ -18,7 +18,7 @@ from kilocopy.problem import ProblemError
 from tests.faults import Server
 from tests.test_driver import spec
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(60)]
 PROGRESS = {
     "t": 1.0, "stage": 0, "stages": 2, "copies": 4, "phase": "window", "in_flight": 4, "tokens_per_s": 400.0,
     "requests_ok": 1234, "errors": {"http_429": 3}, "eta_s": 61.2, "level": 0, "kind": "closed", "rate_per_s": None,

@@ -26,7 +26,7 @@ from kilocopy import dashboards, metrics, records
 from tests.proof import WITHOUT_DATA, KnownMeter, Prometheus, Raw, as_regex, panels_without_data, variables
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def free_port() -> int:

@@ -10,11 +10,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from kilocopy import campaign, experiment, recording, replicas
+from kilocopy import campaign, experiment, recording, replicas, sections
 from kilocopy.findings import FINDERS, _loss_words
 from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import read_manifest, summarise
+from kilocopy.report import DASH
 from kilocopy.spec import Experiment, Spec
 from kilocopy.summary import Estimate, Loss, Marginal
 from tests import synthetic
@@ -168,7 +169,8 @@ def test_the_frontier_of_a_known_server(tmp_path: Path) -> None:
     home = home_of(tmp_path / "home", FRONTIER | {"model": FRONTIER["model"] | {"training": {
         "kind": "published", "source": "a test", "date": "2026-01-01", "gpus": 100}}})  # fmt: skip
     play(home, "1", levels(*COPIES))
-    found = summarise(home).experiment
+    summary = summarise(home)
+    found = summary.experiment
     assert found is not None
     assert found.knee.copies == pytest.approx(9, rel=0.25)  # a prompt's first token shifts it from 8
     assert [one.copies for one in found.levels] == list(COPIES)
@@ -186,6 +188,11 @@ def test_the_frontier_of_a_known_server(tmp_path: Path) -> None:
     assert crossing.value == pytest.approx(12, rel=0.05)  # 0.0395 + 0.005 N = 0.1
     assert at[10].n_cluster == 100 / 2 * 8
     assert found.n_human["238"] > 0
+    shown = sections.section(summary, 1)
+    assert shown is not None
+    assert ["10", "8", "8", "16"] in [row[:4] for row in shown.tables[2].rows]
+    assert {row[0]: row[5] for row in shown.tables[2].rows} == {"5": "1,600 [1,600 or more]", "10": "400 [400 – 800]", "13.3": "200 [200 – 400]", "20": "100 [100 – 200]", "50": DASH}
+    assert any("[95 %, of its tokens/s]" in sentence and "] at 238 words/min" in sentence for sentence in shown.sentences)
     assert "no level held it; already 1 missed it" in at[50].sentence
     assert (crossing.low or 99) <= 12.1 <= (crossing.high or 0)
     assert "held for 32 [32 or more] at 5 tokens/s, 8 [8 – 16] at 10 tokens/s" in found.sentence

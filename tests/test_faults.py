@@ -16,6 +16,8 @@ import pytest
 
 from kilocopy.faults import Server, modes
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "kilocopy", "faults"]
 

@@ -24,6 +24,8 @@ from kilocopy.problem import ProblemError
 from kilocopy.spec import ClosedStage, GpuReplica, Spec
 from tests import synthetic
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parent.parent
 
 

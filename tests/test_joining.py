@@ -26,7 +26,7 @@ from tests.test_driver import open_spec, spec
 
 CHECKOUT = Path(__file__).parent.parent
 TOKEN = "0123456789abcdef-shared"
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(90)]
 
 
 def free_port() -> int:

@@ -653,7 +653,7 @@ def test_a_stream_that_outlasts_the_window_is_judged_by_the_slo(tmp_path: Path) 
     for drawn, everyone in ((streams, 1), (slow, 0)):
         counted = measure.judged(drawn, window, asked)
         assert len(counted.stage) > 10
-        assert measure.attained(counted, known.slo, asked) == everyone * len(counted.stage)
+        assert measure.attaining(counted, known.slo, asked).sum() == everyone * len(counted.stage)
 
 
 # ------------------------------------------------------------------------------------------------------------- open loop

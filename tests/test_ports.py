@@ -13,6 +13,8 @@ import pytest
 
 from tests.proof import ROOT
 
+pytestmark = pytest.mark.alone
+
 HOLD = "import sys; from cluster.serve import held_port; print(*(held_port() for _ in range(int(sys.argv[1]))), flush=True); sys.stdin.read()"
 PAGE = """
 defaults

@@ -19,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster import power, power_pages
 from kilocopy import records
 
+pytestmark = pytest.mark.alone
+
 RANGE_UJ = 262_143_328_850
 
 

@@ -232,6 +232,30 @@ def test_a_search_answers_from_its_records(tmp_path: Path) -> None:
     assert (summary.status, summary.status_sentence) == ("complete", "Complete: 1 of 1 stage ran to the end.")
 
 
+def test_streams_that_were_slow_at_the_same_moments_are_few_observations(tmp_path: Path) -> None:
+    """20 copies for 20 s; those asked in four short moments are too slow, one in sixteen: spread evenly that would clearly hold 90 %."""
+    verdicts = {}
+    for name, slow in (("together", lambda at_s, _: at_s % 5 < 0.3), ("apart", lambda _, number: number % 16 == 7)):
+        run, number, ended_s = Run(tmp_path / name, synthetic.spec(stages=[SEARCH])), 0, 0.0
+        for copy in range(20):
+            at_s = copy / 20
+            while at_s < 22:
+                ttft_s, gap_s = (0.1, 0.12) if slow(at_s, number) else (0.28, 0.1)  # of one length, so that none shifts those after it
+                at_s = run.stream(at_s, ttft_s, [gap_s] * 9, copy=copy, sequence=number)
+                number += 1
+            ended_s = max(ended_s, at_s)
+        run.marks(0, 0.0, 22.0, ended_s, level=0, load=20.0)
+        for second in range(22):
+            run.lag(second + 0.5)
+        summary = summarise(run.close())
+        level = summary.searches[0].levels[0]
+        verdicts[name] = level.verdict
+        assert 0.93 < (level.attainment or 0) < 0.95
+        assert (summary.stages[0].copies.slo_independent < 0.5) == (name == "together")
+        assert (level.wilson_low or 0) == pytest.approx(search.likely(as_level(summary.stages[0], Spec.model_validate(run.spec).slo))[0])
+    assert verdicts == {"together": "unclear", "apart": "held"}
+
+
 def test_a_search_that_the_driver_ended_says_so(tmp_path: Path) -> None:
     """At 8 copies the loop is late: that level says nothing about the server."""
     run = search_of(tmp_path, [2, 4, 8, 8], 16)

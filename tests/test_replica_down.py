@@ -24,6 +24,7 @@ from tests import synthetic
 from tests.proof import Prometheus
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.e2e,
     pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian's package prometheus)"),

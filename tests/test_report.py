@@ -148,6 +148,15 @@ def test_interrupted_is_loud() -> None:
     assert "INTERRUPTED" in terminal(summaries.interrupted())
 
 
+def test_how_far_a_cut_run_came_is_told_once() -> None:
+    cut = summaries.interrupted()
+    cut = cut.model_copy(update={"headline": cut.headline.model_copy(update={"sentence": f"No answer. {cut.status_sentence}"})})
+    assert " ".join(terminal(cut).split()).count(cut.status_sentence) == 1
+    header = render_html(cut).split("<header>")[1].split("</header>")[0]
+    assert ">No answer.</p>" in header
+    assert header.count(cut.status_sentence) == 1
+
+
 def test_withheld_latency_is_not_plotted_and_void_is_off_the_line() -> None:
     drawn = figures(summaries.awkward())
     traces = {figure.id: figure.plot.data for figure in drawn if figure.plot is not None}

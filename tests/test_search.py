@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from kilocopy.search import Answer, Level, answer, attains, following, holds, pooled, verdict, wilson
+from kilocopy.search import Answer, Level, answer, attains, following, holds, likely, pooled, verdict, wilson
 from kilocopy.spec import SearchStage, Slo
 
 SLO = Slo(tokens_per_s_per_copy=10, quantile=0.9, ttft_s=2, error_fraction_max=0.01)
@@ -114,6 +114,16 @@ def test_a_hiccup_is_not_a_limit() -> None:
     found = answer(asked, run(asked, hiccup), SLO)
     assert (found.load, found.reason) == (8, "limit")
     assert seen == [1, 2, 4, 4, 8]
+
+
+def test_streams_that_were_slow_together_make_a_level_unclear() -> None:
+    """Of 400 streams 93 % attained it: clear where each is an observation, unclear where only a tenth of them are; and so a search tries it again."""
+    assert verdict(Level(4, 400, 374), SLO) == "held"
+    assert verdict(Level(4, 400, 374, independent=0.1), SLO) == "unclear"
+    assert likely(Level(4, 400, 374, independent=0.1)) == pytest.approx(wilson(37.4, 40))
+    asked = stage(start=4, limit=4, repeats=2)
+    assert len(run(asked, lambda load: Level(load, 400, 374, independent=0.1))) == 3
+    assert pooled([Level(4, 400, 374, independent=0.1), Level(4, 400, 374)])[0].independent == 0.1
 
 
 def test_a_lucky_load_above_a_miss_does_not_count() -> None:

@@ -36,6 +36,8 @@ from loadtests.answers import Answer, decode
 from loadtests.recorder import _outcome
 from loadtests.streams import RESENT_WITHIN_NS, STREAM_S_MAX, Client, Connection, Reader, Stream, Target, overdue, retry_after_s
 
+pytestmark = pytest.mark.alone
+
 TIMEOUTS = Timeouts(connect_s=1, first_token_s=0.5, stall_s=0.4)
 PATH, BODY = "/v1/completions", json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
 

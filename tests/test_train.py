@@ -16,6 +16,8 @@ from cluster import train as demo
 from cluster.train import EnergySince, corpus, main, train, train_tokenizer
 from kilocopy.problem import ProblemError
 
+pytestmark = pytest.mark.alone
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 

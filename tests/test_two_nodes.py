@@ -31,6 +31,7 @@ from tests.test_simulated import simulated
 from tests.two_nodes import ROOT, TwoNodes, possible
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.e2e, pytest.mark.timeout(400),
     pytest.mark.skipif(not possible(), reason="a second node needs a network namespace: root and `ip` (Debian's package iproute2)"),
 ]  # fmt: skip

@@ -37,6 +37,8 @@ from kilocopy.watch import beside
 from loadtests.exporter import Exporter, write_file_sd
 from tests.test_driver import open_spec
 
+pytestmark = pytest.mark.alone
+
 ENGINE = 'ray_vllm_{}{{ReplicaId="{}",WorkerId="w",engine="0",model_name="m"}} {}\n'
 HEALTHY = 'ray_serve_deployment_replica_healthy{{deployment="LLMServer:m",replica="{}"}} {}\n'
 
