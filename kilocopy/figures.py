@@ -125,7 +125,7 @@ def search_figure(summary: Summary, search: Search) -> Figure:
     loads = [one.load for one in shown]
     plot.update_xaxes(title=unit, **load_axis(loads, loads))
     plot.update_yaxes(title="streams that held the SLO (%)", range=[-3, 103])
-    caption = "Bars: 95 % by Wilson. Dashed: the share that the SLO asks for. Dotted: the answer. A load tried twice counts together."
+    caption = "Bars: 95 % by Wilson, of as many streams as count as independent. Dashed: the share that the SLO asks for. Dotted: the answer. A load tried twice counts together."
     return Figure(name, head, caption, dressed(plot))
 
 

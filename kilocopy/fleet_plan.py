@@ -106,14 +106,14 @@ def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
 def draws_told(draws: list[Redrawn]) -> list[str]:
     """Whether the answer is the load's or one draw's."""
     told = [
-        f"{one.replicas:,} replica{'s' if one.replicas > 1 else ''} held the SLO in {one.held} of {one.draws} draws of this load "
+        f"{one.replicas:,} replica{'s' if one.replicas > 1 else ''} held the SLO in {one.held} of {one.draws} further draws of this load "
         f"({percent(one.attainment_low)} to {percent(one.attainment_high)} of the streams)"
         for one in draws
     ]
     if not told:
         return []
     decided = draws[0].held == draws[0].draws and all(one.held == 0 for one in draws[1:])
-    return ["; ".join(told) + ("." if decided else ": the draw decides between these, and not the load alone; take the larger fleet, or one more.")]
+    return ["; ".join(told) + ("." if decided else ": the draw decides, and not the load alone; take a fleet that held in all, or a larger one.")]
 
 
 def _fleets(tried: list[Outcome], after: Outcome | None) -> Rows:
@@ -174,7 +174,7 @@ def _assumptions(spec: Spec, found: list[Level], asked: Asked) -> list[str]:
         f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
         f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
         "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",
-        "Above 100 replicas their number is found to 1 %.",
+        "Table, curve, bill and the death of a node are of one draw of the load; above 100 replicas their number is found to 1 %.",
         "Lengths are drawn as the spec asks; where answers may end earlier (`ignore_eos: false`), the fleet is told too large.",
         "Prompts are as long as the measured run's; a fleet asked for other prompts needs a run with them.",
     ]

@@ -146,18 +146,18 @@ def independent(speeds: Floats, quantile: float) -> float:
     return independent_part(speeds <= (1 + SAME) * np.quantile(speeds, 1 - quantile, method="inverted_cdf")) if len(speeds) else 1.0
 
 
-def independent_part(missed: Mask) -> float:
+def independent_part(which: Mask) -> float:
     """The part of streams that counts as independent in a share of them, from how far twentieths of them, in the order of their begin, differ in it.
 
-    Streams that share a batch are alike: two hundred that were slow together are few observations of how often it is slow. This is the
-    design effect of a cluster sample (Kish, Survey Sampling, 1965), never above 1, and 1 where there are too few streams to tell.
+    Streams that share a batch are alike: two hundred that were slow together are few observations of how often it is slow. This is
+    one over the design effect of a cluster sample (Kish, Survey Sampling, 1965): a fraction over 0, at most 1, and 1 where there are too few streams to tell.
     """
-    if len(missed) < 2 * BATCHES:
+    if len(which) < 2 * BATCHES:
         return 1.0
-    alone = float(missed.mean() * (1 - missed.mean())) / len(missed)
+    alone = float(which.mean() * (1 - which.mean())) / len(which)
     if alone == 0:
         return 1.0
-    clustered = float(np.var([part.mean() for part in np.array_split(missed, BATCHES)], ddof=1)) / BATCHES
+    clustered = float(np.var([part.mean() for part in np.array_split(which, BATCHES)], ddof=1)) / BATCHES
     return 1 / max(1.0, clustered / alone * (float(stdtrit(BATCHES - 1, 0.975)) / Z_95) ** 2)
 
 

@@ -52,8 +52,8 @@ def as_level(stage: Stage, slo: Slo) -> search.Level:
     codes = {reason.code for reason in stage.verdict.reasons}
     sound = not stage.driver.limited and "interrupted" not in codes and stage.copies.error_fraction is not None
     attained = stage.copies.slo_attained
-    part = stage.copies.slo_independent
-    missed = attained is not None and search.wilson(attained * part, stage.copies.slo_judged * part)[1] < slo.quantile
+    # Late streams of a backlog come all together, so that here each counts: a miss is what the backlog excuses, and the verdict is told by itself.
+    missed = attained is not None and search.wilson(attained, stage.copies.slo_judged)[1] < slo.quantile
     own = {"sends-dropped", "backlog-grows"} if missed else {"sends-dropped"}
     sound = sound and ((stage.copies.error_fraction or 0.0) > slo.error_fraction_max or codes <= own)
     return search.Level(
@@ -62,7 +62,7 @@ def as_level(stage: Stage, slo: Slo) -> search.Level:
         attained=attained or 0,
         error_fraction=stage.copies.error_fraction or 0.0,
         sound=sound,
-        independent=part,
+        independent=stage.copies.slo_independent,
     )
 
 
@@ -74,6 +74,7 @@ def _row(stage: Stage, level: search.Level, slo: Slo) -> SearchLevel:
         judged=level.judged,
         attained=stage.copies.slo_attained,
         attainment=level.attained / level.judged if level.judged else None,
+        independent=level.independent,
         wilson_low=low,
         wilson_high=high,
         error_fraction=level.error_fraction,

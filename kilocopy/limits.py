@@ -1,6 +1,6 @@
 """What the driver's host can do, found out before a run: sockets, ports, and how many streams its processors can read.
 
-The roofline is measured, not looked up: the very reader of the driver, in a process of its own, against a small server beside it.
+The roofline is measured, not looked up: the very reader and recorder of the driver, in a process of its own, against a small server beside it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ RESIDUAL_STEPS = 1.5  # median of what is left of the running step, U(0, 1), and
 WARM_RESIDENCES, COUNTED_RESIDENCES = 3.0, 6.0
 ARRIVALS_MIN = 2000
 LONGEST = 0.999  # of the lengths
-DRAWS = 5  # of a fleet that decides
+DRAWS = 5  # further ones of a fleet that decides
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def together(runs: Sequence[Finished]) -> Finished:
         if apart := first.apart(other):
             raise ProblemError(
                 f"{other.path}: is no repeat of {first.path}: the {', the '.join(apart)} differ{'s' * (len(apart) == 1)}; "
-                "name repeats of one run, and runs of more replicas each with an --against of its own"
+                "name repeats of one run; a run of more replicas goes with --against, which is said once for each repeat of it"
             )
     return replace(first, summary=first.summary.model_copy(update={"stages": [stage for run in runs for stage in run.summary.stages]}))
 
@@ -300,7 +300,7 @@ def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outc
 
 
 class Redrawn(Frozen):
-    """The same fleet through so many draws of the same load: in how many the SLO was held, and between which shares of the streams."""
+    """A fleet through so many further draws of the same load: in how many the SLO was held, and between which shares of the streams."""
 
     replicas: int
     draws: int
@@ -310,14 +310,17 @@ class Redrawn(Frozen):
 
 
 def redrawn(replica: Replica, spec: Spec, asked: Asked, tried: Sequence[Outcome]) -> list[Redrawn]:
-    """The answer, last of those tried, and the largest below it that missed, each with further seeds: whether a draw decided between them."""
+    """The answer, last of those tried, and the largest below it that missed, each with further seeds: whether a draw decided between them.
+
+    The draw that chose them is left out: it held one and missed the other by choice.
+    """
     best = tried[-1]
     below = max((one for one in tried if one.replicas < best.replicas), key=lambda one: one.replicas, default=None)
     found = []
     for first in (best, below):
         if first is None or first.overloaded:
             continue
-        drawn = [first, *(play(replica, spec, replace(asked, seed=asked.seed + more), first.replicas)[0] for more in range(1, DRAWS))]
+        drawn = [play(replica, spec, replace(asked, seed=asked.seed + more), first.replicas)[0] for more in range(1, DRAWS + 1)]
         shares = [one.attainment for one in drawn]
         found.append(Redrawn(replicas=first.replicas, draws=DRAWS, held=sum(one.held for one in drawn), attainment_low=min(shares), attainment_high=max(shares)))
     return found

@@ -1,6 +1,6 @@
 """Finds the largest load that holds the SLO: double until one misses, then halve the distance between held and missed.
 
-A level is judged by the share of its streams that attained the SLO, with Wilson's interval: held where the whole interval is at or
+A level is judged by the share of its streams that attained the SLO, with Wilson's interval of as many streams as count as independent: held where the whole interval is at or
 above the quantile, missed where it is below, unclear where the quantile lies inside. An unclear level is tried again and counted
 together; where that does not help either, its share decides and the answer's interval is as wide as that.
 """
@@ -73,7 +73,9 @@ def pooled(levels: Sequence[Level]) -> list[Level]:
         sound = [level for level in same if level.sound] or same
         judged = sum(level.judged for level in sound)
         errors = sum(level.error_fraction * max(level.judged, 1) for level in sound) / sum(max(level.judged, 1) for level in sound)
-        found.append(Level(load, judged, sum(level.attained for level in sound), errors, any(level.sound for level in same), min(level.independent for level in sound)))
+        counting = sum(level.judged / level.independent for level in sound)  # each try's own variance, weighed by what it judged
+        part = judged / counting if counting else 1.0
+        found.append(Level(load, judged, sum(level.attained for level in sound), errors, any(level.sound for level in same), part))
     return found
 
 

@@ -155,7 +155,7 @@ def _cluster(one: SpeedLimit) -> str:
         return DASH
     each = one.n_cluster / one.held
     low, high = (None if end is None else each * end for end in (one.clearly_held, one.clearly_missed))
-    return f"{_count(round(one.n_cluster))} {interval(low, high)}".rstrip()
+    return f"{_count(round(one.n_cluster))} {interval(low, high, lambda end: _count(None if end is None else round(end)))}".rstrip()
 
 
 def _human(found: FrontierFinding) -> dict[str, Estimate]:

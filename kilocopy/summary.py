@@ -370,7 +370,7 @@ class SearchLevel(Frozen):
     judged: int
     attained: int | None  # null where latency is withheld
     attainment: float | None
-    wilson_low: float | None
+    wilson_low: float | None  # of as many streams as count as independent
     wilson_high: float | None
     error_fraction: float
     verdict: Literal["held", "missed", "unclear", "unsound"]  # unsound: the driver decided, not the server, or the level is void
@@ -378,6 +378,7 @@ class SearchLevel(Frozen):
     output_tokens_per_s_per_copy: float | None
     in_flight: float | None
     stage_verdict: Literal["valid", "latency_withheld", "void"]
+    independent: float = 1.0  # the part of those judged that counts as independent
 
 
 class Search(Frozen):

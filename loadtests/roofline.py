@@ -4,7 +4,7 @@
 
 STREAMS closed streams of EVENTS_PER_S for SECONDS, with what a run does for them: HTTP, time stamps, decoding at the end, gaps, rows
 to disk, the driver's own health. The cost is the CPU time of this process over the events that came; the server's is not in it. Neither
-are prompts, which are the spec's, nor Locust's statistics and the metrics page: together some 30 us a request.
+are prompts, which are the spec's, Locust's statistics and the metrics page, so that it flatters a little.
 """
 
 from __future__ import annotations

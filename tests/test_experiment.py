@@ -167,7 +167,7 @@ def test_a_frontier_in_two_parts_reads_as_one(tmp_path: Path) -> None:
 
 def test_the_frontier_of_a_known_server(tmp_path: Path) -> None:
     home = home_of(tmp_path / "home", FRONTIER | {"model": FRONTIER["model"] | {"training": {
-        "kind": "published", "source": "a test", "date": "2026-01-01", "gpus": 100}}})  # fmt: skip
+        "kind": "published", "source": "a test", "date": "2026-01-01", "gpus": 16384}}})  # fmt: skip
     play(home, "1", levels(*COPIES))
     summary = summarise(home)
     found = summary.experiment
@@ -186,12 +186,12 @@ def test_the_frontier_of_a_known_server(tmp_path: Path) -> None:
     crossing = at[10].crossing
     assert crossing is not None
     assert crossing.value == pytest.approx(12, rel=0.05)  # 0.0395 + 0.005 N = 0.1
-    assert at[10].n_cluster == 100 / 2 * 8
+    assert at[10].n_cluster == 16384 / 2 * 8
     assert found.n_human["238"] > 0
     shown = sections.section(summary, 1)
     assert shown is not None
     assert ["10", "8", "8", "16"] in [row[:4] for row in shown.tables[2].rows]
-    assert {row[0]: row[5] for row in shown.tables[2].rows} == {"5": "1,600 [1,600 or more]", "10": "400 [400 – 800]", "13.3": "200 [200 – 400]", "20": "100 [100 – 200]", "50": DASH}
+    assert {row[0]: row[5] for row in shown.tables[2].rows} == {"5": "262,144 [262,144 or more]", "10": "65,536 [65,536 – 131,072]", "13.3": "32,768 [32,768 – 65,536]", "20": "16,384 [16,384 – 32,768]", "50": DASH}
     assert any("[95 %, of its tokens/s]" in sentence and "] at 238 words/min" in sentence for sentence in shown.sentences)
     assert "no level held it; already 1 missed it" in at[50].sentence
     assert (crossing.low or 99) <= 12.1 <= (crossing.high or 0)

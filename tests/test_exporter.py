@@ -164,6 +164,7 @@ def test_prometheus_finds_the_page(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "targets").iterdir()] == ["worker0.json"]
 
 
+@pytest.mark.alone
 def test_a_running_driver_serves_it(tmp_path: Path) -> None:
     """The page of a real driver process, while it drives."""
     from tests.faults import Server

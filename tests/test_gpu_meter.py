@@ -15,6 +15,8 @@ from gpu import meter
 from kilocopy import manifest
 from kilocopy.problem import ProblemError
 
+pytestmark = pytest.mark.alone
+
 STEP_S = 0.1
 WATTS = 400.0
 

@@ -159,7 +159,7 @@ def test_of_repeats_the_medians_are_fitted_and_compared() -> None:
     off = planning.deviations(fitted, planning.known_spec(one), two)
     assert [deviation.load for deviation in off] == ["closed, 2 copies, 3 times", "closed, 32 copies, 3 times"]
     assert all(abs(deviation.throughput) < 0.05 for deviation in off)
-    with pytest.raises(ProblemError, match=r"is no repeat of .*: the spec's cluster, the spec's stages differ; name repeats of one run, and runs of more"):
+    with pytest.raises(ProblemError, match=r"is no repeat of .*: the spec's cluster, the spec's stages differ; name repeats of one run; a run of more replicas goes with --against"):
         planning.together([one, two])
 
 
@@ -193,13 +193,13 @@ def test_whether_a_draw_decides_is_told() -> None:
     assert (clear[0].replicas, clear[0].held) == (tried[-1].replicas, planning.DRAWS)
     assert clear[1].replicas == max(one.replicas for one in tried if not one.held)
     assert "the draw decides" not in fleet_plan.draws_told(clear)[0]
-    played = [planning.play(fitted, spec, replace(asked, seed=seed), tried[-1].replicas)[0] for seed in range(planning.DRAWS)]
+    played = [planning.play(fitted, spec, replace(asked, seed=seed), tried[-1].replicas)[0] for seed in range(1, planning.DRAWS + 1)]
     times = sorted(float(one.ttft_p99_s or 0) for one in played)
     even = spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": times[2], "quantile": 0.99, "tokens_per_s_per_copy": 0.1})})
     found = planning.redrawn(fitted, even, asked, [planning.play(fitted, even, asked, tried[-1].replicas)[0]])
     assert 0 < found[0].held < planning.DRAWS
     assert found[0].attainment_low < 0.99 <= found[0].attainment_high
-    assert f"in {found[0].held} of {planning.DRAWS} draws" in fleet_plan.draws_told(found)[0]
+    assert f"in {found[0].held} of {planning.DRAWS} further draws" in fleet_plan.draws_told(found)[0]
     assert "the draw decides" in fleet_plan.draws_told(found)[0]
 
 

@@ -97,6 +97,7 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/metrics"
 
 
+@pytest.mark.alone
 def test_a_silent_page_keeps_no_other_waiting(tmp_path: Path, page: str, silent: str) -> None:
     with Scraper(tmp_path, [silent, page], interval_s=0.1):
         until_s = time.monotonic() + 4  # a page is missed after 5 s

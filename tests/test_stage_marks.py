@@ -97,6 +97,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path, watched: FakeGrafana, monk
     assert said == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["refused", "gone", "hangs", "no address"])
 def test_a_grafana_that_fails_costs_the_run_one_warning(tmp_path: Path, watched: FakeGrafana, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(stage_marks, "EVERY_S", 0.01)
