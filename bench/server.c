@@ -24,14 +24,21 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CONNECTIONS_MAX = 16384, IN_BYTES = 1 << 16, TOKENS_MAX = 4096, MICROS = 2000000 };
+enum { CONNECTIONS_MAX = 16384, IN_BYTES = 1 << 16, TOKENS_MAX = 4096, MICROS = 2000000, ID_LEN = 36 };
+#define NO_ID "00000000-0000-0000-0000-000000000000"
 
 typedef struct {
   int open, chat, streaming, token, tokens;
   int64_t due_ns, read_ns, sent_ns;
   char *in, *out;
   size_t in_len, out_len, out_at, out_size;
+  char id[ID_LEN + 1];
 } Connection;
+
+typedef struct {  // a chunk, and where the request's id belongs
+  char *bytes;
+  size_t len, id_at;
+} Event;
 
 static Connection connections[CONNECTIONS_MAX];
 static int heap[CONNECTIONS_MAX], heap_len, place[CONNECTIONS_MAX];
@@ -39,8 +46,8 @@ static uint32_t late_us[MICROS], ttft_us[MICROS], itl_us[MICROS];
 static int64_t events, streams, blocked, counted_from_ns, busy_ns, waited_before_ns;
 static int64_t ttft_ns, itl_ns;
 static int default_tokens, epoll_fd, listener, own_core;
-static char *text_events[2], *last_events[2], *end_event;
-static size_t text_len[2], last_len[2], end_len;
+static Event text_events[2], last_events[2];
+static int64_t answered;
 
 static int64_t now_ns(void) {
   struct timespec t;
@@ -185,6 +192,14 @@ static int streams_asked(const char *body) {
   return !strncmp(at, "true", 4);
 }
 
+static const char *date(void) {  // made once a second
+  static char text[64];
+  static time_t of;
+  time_t now = time(NULL);
+  if (now != of) of = now, strftime(text, sizeof text, "%a, %d %b %Y %H:%M:%S GMT", gmtime(&now));
+  return text;
+}
+
 static void answer(int fd, char *head, char *body, int64_t read_ns) {
   Connection *c = &connections[fd];
   if (!strncmp(head, "GET /truth", 10)) return answer_truth(fd);
@@ -200,8 +215,12 @@ static void answer(int fd, char *head, char *body, int64_t read_ns) {
                             : "{\"choices\": [{\"index\": 0, \"text\": \"a\", \"finish_reason\": \"length\"}], \"usage\": {\"prompt_tokens\": 1, \"completion_tokens\": 1, \"total_tokens\": 2}}");
     return;
   }
-  static const char start[] = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n";
-  give(fd, start, sizeof start - 1);
+  // What vLLM behind Ray Serve was seen to send, in its order: the request's own id stands in the head and in each event.
+  snprintf(c->id, sizeof c->id, "%08lx-90a1-4038-a836-563cc13f00ca", (unsigned long)(answered++ & 0xffffffff));
+  char start[512];
+  int len = snprintf(start, sizeof start, "HTTP/1.1 200 OK\r\ndate: %s\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\nvary: Origin\r\n"
+                     "x-request-id: %s\r\ntransfer-encoding: chunked\r\n\r\n", date(), c->id);
+  give(fd, start, len);
   c->streaming = 1, c->token = 0, c->read_ns = read_ns, c->due_ns = read_ns + ttft_ns;
   streams++;
   heap_add(fd);
@@ -227,8 +246,8 @@ static void take(int fd) {  // read what is there, and answer each whole request
 static void send_usage(int fd, int tokens) {
   char payload[512], chunk[1024];
   int len = snprintf(payload, sizeof payload,
-                     "data: {\"id\":\"cmpl-truth\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"truth\",\"choices\":[],"
-                     "\"usage\":{\"prompt_tokens\":8,\"total_tokens\":%d,\"completion_tokens\":%d}}\n\ndata: [DONE]\n\n", tokens + 8, tokens);
+                     "data: {\"id\":\"cmpl-%s\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"truth\",\"choices\":[],"
+                     "\"usage\":{\"prompt_tokens\":8,\"total_tokens\":%d,\"completion_tokens\":%d}}\n\ndata: [DONE]\n\n", connections[fd].id, tokens + 8, tokens);
   len = snprintf(chunk, sizeof chunk, "%x\r\n%s\r\n0\r\n\r\n", len, payload);
   give(fd, chunk, len);
 }
@@ -237,7 +256,9 @@ static void send_due(int fd) {
   Connection *c = &connections[fd];
   int last = c->token == c->tokens - 1;
   int64_t sent_ns = now_ns();
-  give(fd, last ? last_events[c->chat] : text_events[c->chat], last ? last_len[c->chat] : text_len[c->chat]);
+  Event *event = last ? &last_events[c->chat] : &text_events[c->chat];
+  memcpy(event->bytes + event->id_at, c->id, ID_LEN);
+  give(fd, event->bytes, event->len);
   count(late_us, sent_ns - c->due_ns);
   if (c->token == 0) count(ttft_us, sent_ns - c->read_ns); else count(itl_us, sent_ns - c->sent_ns);
   c->sent_ns = sent_ns, c->token++, events++;
@@ -251,21 +272,22 @@ static void send_due(int fd) {
   }
 }
 
-static char *event(const char *format, const char *finish, size_t *len) {
-  char payload[1024], *chunk = malloc(1200);
-  int n = snprintf(payload, sizeof payload, format, finish);
-  *len = snprintf(chunk, 1200, "%x\r\n%s\r\n", n, payload);
-  return chunk;
+static Event event(const char *format, const char *finish) {
+  char payload[1024];
+  int n = snprintf(payload, sizeof payload, format, NO_ID, finish);
+  Event made = {malloc(1200), 0, 0};
+  made.len = snprintf(made.bytes, 1200, "%x\r\n%s\r\n", n, payload);
+  made.id_at = strstr(made.bytes, NO_ID) - made.bytes;
+  return made;
 }
 
 static void prepare(void) {
-  const char *completion = "data: {\"id\":\"cmpl-7f0e5a3c9d1b4e62\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"truth\",\"choices\":"
-                           "[{\"index\":0,\"text\":\" word\",\"logprobs\":null,\"finish_reason\":%s,\"stop_reason\":null}],\"usage\":null}\n\n";
-  const char *chat = "data: {\"id\":\"chatcmpl-7f0e5a3c9d1b4e62\",\"object\":\"chat.completion.chunk\",\"created\":1760000000,\"model\":\"truth\",\"choices\":"
+  const char *completion = "data: {\"id\":\"cmpl-%s\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"truth\",\"choices\":"
+                           "[{\"index\":0,\"text\":\" word\",\"logprobs\":null,\"finish_reason\":%s,\"stop_reason\":null,\"prompt_token_ids\":null,\"token_ids\":null}]}\n\n";
+  const char *chat = "data: {\"id\":\"chatcmpl-%s\",\"object\":\"chat.completion.chunk\",\"created\":1760000000,\"model\":\"truth\",\"choices\":"
                      "[{\"index\":0,\"delta\":{\"content\":\" word\"},\"logprobs\":null,\"finish_reason\":%s}],\"usage\":null}\n\n";
-  text_events[0] = event(completion, "null", &text_len[0]), last_events[0] = event(completion, "\"length\"", &last_len[0]);
-  text_events[1] = event(chat, "null", &text_len[1]), last_events[1] = event(chat, "\"length\"", &last_len[1]);
-  (void)end_event, (void)end_len;
+  text_events[0] = event(completion, "null"), last_events[0] = event(completion, "\"length\"");
+  text_events[1] = event(chat, "null"), last_events[1] = event(chat, "\"length\"");
 }
 
 static void welcome(void) {

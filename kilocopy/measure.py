@@ -29,6 +29,8 @@ BATCHES = 20  # batch means: enough for the t quantile, few enough that a batch 
 BATCHED_WINDOW_S_MIN = 10.0
 COPIES_FRACTION_MIN = 0.98
 FEW_STREAMS = 100
+INSIDE_FRACTION_MIN = 0.5  # of the streams that began inside the window: with fewer that end in it, they are the quick ones
+INSIDE_FRACTION_AIM = 0.8  # what a longer window is told for: of streams of W s, 1 - W / T end in one of T
 CACHED_FRACTION_SPARE = 0.02  # of the prompt tokens: templates and first tokens are alike everywhere
 VALUES_MAX = 2000
 HUMAN_WPM = (238, 150, 600)  # reading (Brysbaert 2019), speech, thought at 10 words/s
@@ -110,18 +112,24 @@ def _copies_reasons(streams: Streams, window: summary.Window, asked: int) -> lis
     return [Reason(code="driver-too-slow", sentence=f"The driver did not keep up: {short} and nothing failed.")]
 
 
-def _notes(checks: Sequence[Check], window: summary.Window, inside: Streams, judged: int, shares_host: bool) -> list[Reason]:
+def _notes(checks: Sequence[Check], window: summary.Window, inside: Streams, began: Streams, shares_host: bool) -> list[Reason]:
     """What a reader should know that does not change the verdict."""
     notes = {check.name.replace("_", "-"): check.sentence for check in checks[1:] if check.outcome == "failed"}
     if checks[0].outcome == "not_checked":
         notes["tokens-not-checked"] = checks[0].sentence
     if window.duration_s < BATCHED_WINDOW_S_MIN:
         notes["short-window"] = f"The window is {window.duration_s:.1f} s: under {BATCHED_WINDOW_S_MIN:g} s there is no interval."
-    streams = len(inside.stage)
+    streams, judged = len(inside.stage), len(began.stage)
     if not judged:
         notes["slo-not-judged"] = "No stream that began inside the window ended well, so the SLO is not judged: lengthen the stage."
     elif streams < FEW_STREAMS:
         notes["few-streams"] = f"Only {streams} streams lie inside the window: their p99 is close to their maximum."
+    if streams < INSIDE_FRACTION_MIN * judged:
+        wanted_s = float(np.median(began.finished_s - began.sent_s)) / (1 - INSIDE_FRACTION_AIM)
+        notes["quick-streams"] = (
+            f"Of {judged} streams that began inside the window {streams} ended in it, and latencies are of these, the quick ones: "
+            f"a window of {wanted_s:.0f} s would hold {100 * INSIDE_FRACTION_AIM:.0f} % of them. Speed and SLO are of all."
+        )
     if shares_host:
         notes["driver-shares-host"] = "The driver ran on the serving host and took some of its time."
     return [Reason(code=code, sentence=sentence) for code, sentence in notes.items()]
@@ -379,7 +387,7 @@ def _measured(
     voids = [*([INTERRUPTED] if span.cut_off else []), *_rows_missing(recording), *driver.voids, *found.voids]
     voids += _void_reasons(spec, streams, window, checks[0], float(arrived.sum()))
     notes = [*_assumed_words(spec, throughput), *_cached(spec, asked, recording, span)]
-    notes += _notes(checks, window, inside, slo["slo_judged"], bool(manifest.get("driver_shares_host")))
+    notes += _notes(checks, window, inside, judged(streams, window, asked), bool(manifest.get("driver_shares_host")))
     return summary.Stage(
         **_identity(spec, span, recording),
         verdict=_verdict(voids, withheld, [*found.notes, *notes, *driver.notes]),

@@ -14,11 +14,12 @@ from __future__ import annotations
 import itertools
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +29,7 @@ TEXT_KEYS = ("content", "reasoning_content", "reasoning")  # where a chat delta 
 DONE = b"[DONE]"
 TOKENS_MAX = 2**31 - 1  # what a column of records.REQUESTS holds
 QUOTE, BACKSLASH = 0x22, 0x5C
+NO_TIMES = np.empty(0, np.int64)
 RUN_MIN = 4  # fewer events are read one by one
 _LITERALS = (b'"text":', b'"content":')
 _BOM = b"\xef\xbb\xbf"
@@ -47,7 +49,7 @@ class Answer:
     samples: int = 1
     texts: tuple[str, ...] = ()
     finished: set[int] = field(default_factory=set)  # choices that gave a finish reason
-    times_ns: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # of events that carried text
+    times_ns: npt.NDArray[np.int64] = field(default_factory=lambda: NO_TIMES)  # of events that carried text
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     finish_reason: str | None = None
@@ -57,7 +59,7 @@ class Answer:
     @property
     def words(self) -> int:
         """Words of the decoded text, of all choices."""
-        return sum(len(text.split()) for text in self.texts or (self.text,))
+        return sum(len(text.split()) for text in self.texts) if self.texts else len(self.text.split())
 
     @property
     def gaps_us(self) -> npt.NDArray[np.uint32]:
@@ -275,9 +277,9 @@ class _PayloadReader:
 
     def _parse(self, payload: bytes) -> str:
         try:
-            event = json.loads(payload)
+            event = _event(payload)
             text, ordinary = _understand(event, self.answer)
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError, msgspec.MsgspecError):
             self.answer.problem = "an event of the stream is not the JSON that was expected"
             return ""
         self._hear(event, text)
@@ -285,7 +287,7 @@ class _PayloadReader:
             self._remember(payload, text)
         return text
 
-    def _hear(self, event: dict[str, Any], text: str) -> None:
+    def _hear(self, event: _Event, text: str) -> None:
         """Something was parsed in full: nothing more to note of a single choice."""
 
     def _remember(self, payload: bytes, text: str) -> None:
@@ -295,8 +297,7 @@ class _PayloadReader:
             if payload.count(key) == 1:
                 at = payload.index(key) + len(key)
                 at += len(payload[at:]) - len(payload[at:].lstrip())
-                for ascii_only in (True, False):
-                    literal = json.dumps(text, ensure_ascii=ascii_only).encode()
+                for literal in _spellings(text):
                     if payload.startswith(literal, at):
                         self._left, self._right = payload[:at], payload[at + len(literal) :]
                         return
@@ -331,11 +332,11 @@ class _ChoicesReader(_PayloadReader):
             self.spoken[self._choice].append(text)
         return text
 
-    def _hear(self, event: dict[str, Any], text: str) -> None:
-        self._parsed, choices = True, event.get("choices") or ()
+    def _hear(self, event: _Event, text: str) -> None:
+        self._parsed, choices = True, event.choices or ()
         for choice in choices:
-            self.spoken.setdefault(choice.get("index", 0), []).append(_text(choice))
-        heard = [choice.get("index", 0) for choice in choices]
+            self.spoken.setdefault(choice.index or 0, []).append(_text(choice))
+        heard = [choice.index or 0 for choice in choices]
         self._heard = heard[0] if len(heard) == 1 else None
 
     def _remember(self, payload: bytes, text: str) -> None:
@@ -358,30 +359,81 @@ def _checked(literal: bytes) -> str:
     return text if text.isprintable() else str(json.loads(literal))
 
 
-def _understand(event: dict[str, Any], answer: Answer) -> tuple[str, bool]:
-    """Take an event's meaning into the answer. Returns its text, and whether it said nothing else but text."""
-    if event.get("error") or event.get("object") == "error":
-        error = event.get("error", event)
-        message = error.get("message") if isinstance(error, dict) else error
+class _Delta(msgspec.Struct):
+    """What a chat choice adds; the fields are TEXT_KEYS."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int | None = 0
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: Any = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
+
+
+class _Event(msgspec.Struct):
+    """A payload as far as anything of it counts; all else in it is passed over."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+    object: Any = None
+    message: Any = None  # of an error that is the event itself
+
+
+_decoder = msgspec.json.Decoder(_Event)
+
+
+def _event(payload: bytes) -> _Event:
+    """A payload as JSON. Raises ValueError, RecursionError, msgspec.MsgspecError for what is none, or of other types than it should be."""
+    try:
+        return _decoder.decode(payload)
+    except msgspec.MsgspecError:
+        # Python's reader also takes what is no JSON but is sent as such: NaN, and half a character in a string.
+        return msgspec.convert(json.loads(payload), _Event)
+
+
+def _understand(event: _Event, answer: Answer) -> tuple[str, bool]:
+    """Take an event's meaning into the answer. Returns its text, and whether it said nothing else but text. Raises ValueError, TypeError."""
+    if event.error or event.object == "error":
+        message = event.error.get("message") if isinstance(event.error, dict) else event.error or event.message
         answer.problem = f"the server reported an error inside the stream: {_plain(message)}"
         return "", False
-    usage = event.get("usage")
-    if usage:
-        answer.prompt_tokens, answer.output_tokens = _count(usage["prompt_tokens"]), _count(usage["completion_tokens"])
+    usage = event.usage
+    counted = usage is not None and (usage.prompt_tokens is not None or usage.completion_tokens is not None)
+    if usage is not None and counted:
+        answer.prompt_tokens, answer.output_tokens = _count(usage.prompt_tokens), _count(usage.completion_tokens)
     text, finish = "", None
-    for choice in event.get("choices") or ():
+    for choice in event.choices or ():
         text += _text(choice)
-        finish = choice.get("finish_reason")
+        finish = choice.finish_reason
         if finish:
             answer.finish_reason = _plain(finish)
-            answer.finished.add(int(choice.get("index") or 0))
-    return text, not usage and not finish
+            answer.finished.add(choice.index or 0)
+    return text, not counted and not finish
 
 
-def _text(choice: dict[str, Any]) -> str:
-    delta = choice.get("delta") or {}
-    text: str = choice.get("text") or "".join(delta.get(key) or "" for key in TEXT_KEYS)
-    return text
+def _text(choice: _Choice) -> str:
+    if choice.text or choice.delta is None:
+        return choice.text or ""
+    return "".join(getattr(choice.delta, key) or "" for key in TEXT_KEYS)
+
+
+def _spellings(text: str) -> Iterator[bytes]:
+    """The ways in which a text is usually written as a JSON string."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        yield b'"%b"' % text.encode()
+        return
+    for ascii_only in (True, False):
+        yield json.dumps(text, ensure_ascii=ascii_only).encode()
 
 
 def _count(value: Any) -> int:

@@ -66,6 +66,30 @@ def test_two_choices_in_one_event_go_to_their_own() -> None:
     assert list(answer.times_ns) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("event", "text", "problem"),
+    [
+        ('{"choices":[{"index":null,"text":"a","logprobs":NaN}]}', "a", None),  # no JSON, and sent all the same
+        ('{"choices":[{"text":"\\ud800"}]}', "\ud800", None),
+        ('{"choices":[{"delta":{"role":"assistant","reasoning":"b","content":null}}],"usage":{}}', "b", None),
+        ('{"choices":null,"usage":null,"error":null}', "", None),
+        ('{"choices":[{"text":5}]}', "", "not the JSON"),
+        ('{"choices":[{"delta":"a"}]}', "", "not the JSON"),
+        ('{"usage":{"prompt_tokens":3}}', "", "not the JSON"),
+        ('{"usage":{"prompt_tokens":3,"completion_tokens":-1}}', "", "not the JSON"),
+        ("[]", "", "not the JSON"),
+        ('{"choices":', "", "not the JSON"),
+        ('{"error":{"message":"out of memory"}}', "", "inside the stream: out of memory"),
+        ('{"error":"no"}', "", "inside the stream: no"),
+        ('{"object":"error","message":"too long"}', "", "inside the stream: too long"),
+    ],
+)
+def test_what_events_of_other_forms_are_taken_for(event: str, text: str, problem: str | None) -> None:
+    answer = decode([f"data: {event}\n\n".encode()], [1])
+    assert answer.text == text
+    assert problem in answer.problem if problem and answer.problem else answer.problem is problem
+
+
 LITERAL = st.one_of(
     TEXT.map(json.dumps),
     TEXT.map(lambda text: json.dumps(text, ensure_ascii=False)),

@@ -226,7 +226,8 @@ def both_see(both: tuple[Reader, Reader], reads: Sequence[bytes], *, close: bool
     for reader in both:
         served = reader.ended
         outcome, error, stream, answer = play(reader, reads, close=close, look=look)
-        said = (stream.status, stream.framed, stream.coding, stream.keeps, stream.whole, stream.replica, stream.location, stream.finished_ns)
+        said = (stream.status, stream.framed, stream.coding, stream.keeps, stream.whole, stream.replica, stream.location, stream.finished_ns,
+                stream.content_type, stream.retry_after_s, stream.bytes if stream.whole and stream.keeps else None, stream.chunked)  # fmt: skip
         came = {ns: b"".join(stream.pieces[at] for at, other in enumerate(stream.stamps_ns) if other == ns) for ns in stream.stamps_ns}
         times = (came, list(answer.times_ns))
         seen.append((outcome, error, answer.text, answer.output_tokens, said, times, stream.outcome, stream.error, reader.ended - served))
@@ -257,6 +258,28 @@ def test_chunk_lines_of_every_form_read_the_same(both: tuple[Reader, Reader], li
     for at in range(0, len(whole), 3):
         both_see(both, [CHUNKED.encode(), whole[:at], whole[at : at + 1], whole[at + 1 :]], close=close)
     both_see(both, [CHUNKED.encode() + whole], close=close)
+
+
+LINES = st.lists(st.sampled_from([
+    b"date: Fri", b"Date: Sat, 28 Nov", b"date:", b"date:  x ", b"x-request-id: a", b"X-Request-Id: b\xc3\xa9", b"x-request-id: a\tb", b"x-request-id : a", b"x-request-id: a\nb",
+    b" folded", b"\tfolded", b"connection: close", b"connection: keep-alive", b"content-type: text/event-stream", b"content-type: text/plain", b"x-replica: r2",
+    b"retry-after: 3", b"content-encoding: identity", b"content-encoding: gzip", b"location: /x", b"transfer-encoding: chunked", b"content-length: 5", b"server: uvicorn",
+]), max_size=5)  # fmt: skip
+BODY = b"5\r\nhello\r\n"
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(st.tuples(LINES, st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.1 200", b"HTTP/1.0 200 OK", b"HTTP/1.1 201 OK"])), min_size=1, max_size=3),
+       st.sampled_from([b"0\r\n\r\n", b"0\r\nx: y\r\n\r\n", b"00\r\n\r\n", b"0\r\n", b"0\r\n\r\nmore", b"x"]), PLACES)  # fmt: skip
+@example([([b"date: Fri"], b"HTTP/1.1 200 OK"), ([b"date: Sat, 28 Nov"], b"HTTP/1.1 200 OK")], b"0\r\nx: y\r\n\r\n", [])
+def test_heads_of_every_form_read_the_same(
+    both: tuple[Reader, Reader], heads: list[tuple[list[bytes], bytes]], end: bytes, places: list[int]
+) -> None:
+    """One after the other, in the same pair of readers: nothing of a head stays for the next."""
+    for lines, status in heads:
+        head = b"\r\n".join([status, *lines, b"transfer-encoding: chunked", b"", b""])
+        both_see(both, [head, BODY, end])
+        both_see(both, cut(head + BODY + end, places))
 
 
 @settings(deadline=None, max_examples=200)

@@ -383,6 +383,17 @@ def test_notes_name_the_shared_host_and_a_short_window(tmp_path: Path) -> None:
     assert stage.throughput.output_tokens_per_s.low is None
 
 
+@pytest.mark.parametrize(("gap_s", "told"), [(1.0, False), (1.6, True)])
+def test_percentiles_of_the_quick_streams_alone_are_noted(tmp_path: Path, gap_s: float, told: bool) -> None:
+    """Streams of 9.1 s in a window of 20 s: most that begin in it end in it. Of those of 14.5 s one in two does, or fewer."""
+    run = one_copy(tmp_path)
+    run.stage(gaps_s=(gap_s,) * 9)
+    notes = {note.code: note.sentence for note in stage_of(run.end(60)).verdict.notes}
+    assert ("quick-streams" in notes) == told
+    if told:
+        assert "a window of 73 s would hold 80 % of them" in notes["quick-streams"]
+
+
 # -------------------------------------------------------------------------------------------------- the servers' counters
 
 
