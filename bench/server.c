@@ -215,7 +215,7 @@ static void answer(int fd, char *head, char *body, int64_t read_ns) {
                             : "{\"choices\": [{\"index\": 0, \"text\": \"a\", \"finish_reason\": \"length\"}], \"usage\": {\"prompt_tokens\": 1, \"completion_tokens\": 1, \"total_tokens\": 2}}");
     return;
   }
-  // What vLLM behind Ray Serve was seen to send, in its order: the request's own id stands in the head and in each event.
+  // As vLLM behind Ray Serve was seen to answer completions: the request's own id stands in the head and in each event.
   snprintf(c->id, sizeof c->id, "%08lx-90a1-4038-a836-563cc13f00ca", (unsigned long)(answered++ & 0xffffffff));
   char start[512];
   int len = snprintf(start, sizeof start, "HTTP/1.1 200 OK\r\ndate: %s\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\nvary: Origin\r\n"
@@ -245,9 +245,11 @@ static void take(int fd) {  // read what is there, and answer each whole request
 
 static void send_usage(int fd, int tokens) {
   char payload[512], chunk[1024];
+  int chat = connections[fd].chat;
   int len = snprintf(payload, sizeof payload,
-                     "data: {\"id\":\"cmpl-%s\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"truth\",\"choices\":[],"
-                     "\"usage\":{\"prompt_tokens\":8,\"total_tokens\":%d,\"completion_tokens\":%d}}\n\ndata: [DONE]\n\n", connections[fd].id, tokens + 8, tokens);
+                     "data: {\"id\":\"%scmpl-%s\",\"object\":\"%s\",\"created\":1760000000,\"model\":\"truth\",\"choices\":[],"
+                     "\"usage\":{\"prompt_tokens\":8,\"total_tokens\":%d,\"completion_tokens\":%d}}\n\ndata: [DONE]\n\n",
+                     chat ? "chat" : "", connections[fd].id, chat ? "chat.completion.chunk" : "text_completion", tokens + 8, tokens);
   len = snprintf(chunk, sizeof chunk, "%x\r\n%s\r\n0\r\n\r\n", len, payload);
   give(fd, chunk, len);
 }

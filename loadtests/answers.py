@@ -279,7 +279,7 @@ class _PayloadReader:
         try:
             event = _event(payload)
             text, ordinary = _understand(event, self.answer)
-        except (ValueError, TypeError, OverflowError, RecursionError, msgspec.MsgspecError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, msgspec.MsgspecError):
             self.answer.problem = "an event of the stream is not the JSON that was expected"
             return ""
         self._hear(event, text)
@@ -374,16 +374,11 @@ class _Choice(msgspec.Struct):
     finish_reason: Any = None
 
 
-class _Usage(msgspec.Struct):
-    prompt_tokens: Any = None
-    completion_tokens: Any = None
-
-
 class _Event(msgspec.Struct):
     """A payload as far as anything of it counts; all else in it is passed over."""
 
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: dict[str, Any] | None = None
     error: Any = None
     object: Any = None
     message: Any = None  # of an error that is the event itself
@@ -396,21 +391,43 @@ def _event(payload: bytes) -> _Event:
     """A payload as JSON. Raises ValueError, RecursionError, msgspec.MsgspecError for what is none, or of other types than it should be."""
     try:
         return _decoder.decode(payload)
-    except msgspec.MsgspecError:
-        # Python's reader also takes what is no JSON but is sent as such: NaN, and half a character in a string.
-        return msgspec.convert(json.loads(payload), _Event)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _leniently(json.loads(payload))
+
+
+def _leniently(tree: Any) -> _Event:
+    """An event that is none to the letter. Python's reader takes what is no JSON and sent all the same (NaN, half a character); an error's
+    event may have anything beside it; and a field that holds nothing holds it in any form (false, "", [], {}).
+    """
+    if not isinstance(tree, dict):
+        raise ValueError(tree)
+    if tree.get("error") or tree.get("object") == "error":
+        return _Event(error=tree.get("error"), object=tree.get("object"), message=tree.get("message"))
+    choices = [_without_nothing(choice, "text", "delta") for choice in tree.get("choices") or ()]
+    for choice in choices:
+        if choice.get("text"):
+            choice.pop("delta", None)
+        elif isinstance(choice.get("delta"), dict):
+            choice["delta"] = _without_nothing(choice["delta"], *TEXT_KEYS)
+    return msgspec.convert({"choices": choices, "usage": tree.get("usage") or None}, _Event, strict=False)
+
+
+def _without_nothing(tree: Any, *names: str) -> dict[str, Any]:
+    """Without those of these fields that hold nothing. Raises ValueError for what is no object."""
+    if not isinstance(tree, dict):
+        raise ValueError(tree)
+    return {name: value for name, value in tree.items() if value or name not in names}
 
 
 def _understand(event: _Event, answer: Answer) -> tuple[str, bool]:
-    """Take an event's meaning into the answer. Returns its text, and whether it said nothing else but text. Raises ValueError, TypeError."""
+    """Take an event's meaning into the answer. Returns its text, and whether it said nothing else but text. Raises ValueError, TypeError, KeyError."""
     if event.error or event.object == "error":
         message = event.error.get("message") if isinstance(event.error, dict) else event.error or event.message
         answer.problem = f"the server reported an error inside the stream: {_plain(message)}"
         return "", False
     usage = event.usage
-    counted = usage is not None and (usage.prompt_tokens is not None or usage.completion_tokens is not None)
-    if usage is not None and counted:
-        answer.prompt_tokens, answer.output_tokens = _count(usage.prompt_tokens), _count(usage.completion_tokens)
+    if usage:
+        answer.prompt_tokens, answer.output_tokens = _count(usage["prompt_tokens"]), _count(usage["completion_tokens"])
     text, finish = "", None
     for choice in event.choices or ():
         text += _text(choice)
@@ -418,7 +435,7 @@ def _understand(event: _Event, answer: Answer) -> tuple[str, bool]:
         if finish:
             answer.finish_reason = _plain(finish)
             answer.finished.add(choice.index or 0)
-    return text, not counted and not finish
+    return text, not usage and not finish
 
 
 def _text(choice: _Choice) -> str:
@@ -433,7 +450,7 @@ def _spellings(text: str) -> Iterator[bytes]:
         yield b'"%b"' % text.encode()
         return
     for ascii_only in (True, False):
-        yield json.dumps(text, ensure_ascii=ascii_only).encode()
+        yield json.dumps(text, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
 
 
 def _count(value: Any) -> int:

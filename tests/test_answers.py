@@ -71,15 +71,25 @@ def test_two_choices_in_one_event_go_to_their_own() -> None:
     [
         ('{"choices":[{"index":null,"text":"a","logprobs":NaN}]}', "a", None),  # no JSON, and sent all the same
         ('{"choices":[{"text":"\\ud800"}]}', "\ud800", None),
+        ('{"choices":[{"text":"\\uD800"}]}', "\ud800", None),  # not as Python would write it
         ('{"choices":[{"delta":{"role":"assistant","reasoning":"b","content":null}}],"usage":{}}', "b", None),
+        ('{"choices":[{"index":"0","delta":{"content":"c","reasoning":false}}],"usage":[]}', "c", None),  # nothing, in other forms
+        ('{"choices":[{"text":"d","delta":"x"}],"usage":0}', "d", None),
+        ('{"choices":[{"text":false,"delta":""}],"usage":""}', "", None),
+        ('{"choices":"","usage":false}', "", None),
         ('{"choices":null,"usage":null,"error":null}', "", None),
         ('{"choices":[{"text":5}]}', "", "not the JSON"),
         ('{"choices":[{"delta":"a"}]}', "", "not the JSON"),
         ('{"usage":{"prompt_tokens":3}}', "", "not the JSON"),
+        ('{"usage":{"total_tokens":3}}', "", "not the JSON"),
+        ('{"usage":{"prompt_tokens":null,"completion_tokens":null}}', "", "not the JSON"),
+        ('{"choices":{"a":1}}', "", "not the JSON"),
+        ('{"choices":[{"delta":{"content":["a"]}}]}', "", "not the JSON"),
         ('{"usage":{"prompt_tokens":3,"completion_tokens":-1}}', "", "not the JSON"),
         ("[]", "", "not the JSON"),
         ('{"choices":', "", "not the JSON"),
         ('{"error":{"message":"out of memory"}}', "", "inside the stream: out of memory"),
+        ('{"error":{"message":"boom"},"choices":[{"delta":"x"}],"usage":[1]}', "", "inside the stream: boom"),
         ('{"error":"no"}', "", "inside the stream: no"),
         ('{"object":"error","message":"too long"}', "", "inside the stream: too long"),
     ],
@@ -88,6 +98,33 @@ def test_what_events_of_other_forms_are_taken_for(event: str, text: str, problem
     answer = decode([f"data: {event}\n\n".encode()], [1])
     assert answer.text == text
     assert problem in answer.problem if problem and answer.problem else answer.problem is problem
+
+
+WORDS = st.text(max_size=4) | st.sampled_from(["stop", "\u2028", "\ud83d\ude00"])
+FIELDS = st.none() | WORDS | st.integers(-(2**70), 2**70) | st.booleans() | st.just({}) | st.just([])
+EVENTS = st.fixed_dictionaries({}, optional={
+    "id": WORDS, "object": WORDS, "created": st.integers(0, 2**33), "system_fingerprint": FIELDS, "usage": st.none() | st.dictionaries(WORDS | st.just("prompt_tokens"), FIELDS, max_size=3),
+    "choices": st.none() | st.lists(st.fixed_dictionaries({}, optional={
+        "index": st.integers(0, 9), "text": st.none() | WORDS, "finish_reason": st.none() | WORDS, "logprobs": FIELDS,
+        "delta": st.none() | st.fixed_dictionaries({}, optional={"content": st.none() | WORDS, "role": WORDS, "reasoning": st.none() | WORDS, "tool_calls": FIELDS}),
+    }), max_size=3),
+})  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(EVENTS, st.booleans())
+def test_both_readers_of_json_read_the_same(event: dict[str, object], ascii_only: bool) -> None:
+    """msgspec straight into the fields, and Python's json first."""
+    payload = json.dumps(event, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    seen = []
+    for read in (answers._event, lambda payload: answers._leniently(json.loads(payload))):
+        answer = answers.Answer()
+        try:
+            said = answers._understand(read(payload), answer)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            said = None
+        seen.append((said, answer.prompt_tokens, answer.output_tokens, answer.finish_reason, answer.finished, answer.problem))
+    assert seen[0] == seen[1]
 
 
 LITERAL = st.one_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -65,28 +66,30 @@ def test_ideal_events_are_the_schedules() -> None:
     assert Schedule(0.05, 0.02, 100).ideal_events_per_s(203) == pytest.approx(203 * 100 / 2.03)
 
 
-def read_stream(port: int, requests: int, tokens: int) -> tuple[list[list[float]], str]:
-    """Arrival times of the events after each request of one kept connection, and the last answer."""
+def read_stream(port: int, requests: int, tokens: int, endpoint: str = "completions") -> tuple[list[list[float]], list[str]]:
+    """Arrival times of the events after each request of one kept connection, and the answers."""
     times: list[list[float]] = []
+    answers: list[str] = []
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(requests):
             body = json.dumps({"model": "truth", "prompt": "x", "stream": True, "max_tokens": tokens})
             begun = time.perf_counter()
-            client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            client.sendall(f"POST /v1/{endpoint} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             text, own = b"", []
             while not text.endswith(b"0\r\n\r\n"):
                 data = client.recv(65536)
                 own += [time.perf_counter() - begun] * (data.count(b"data: {") - data.count(b'"choices":[]'))
                 text += data
             times.append(own)
-    return times, text.decode()
+            answers.append(text.decode())
+    return times, answers
 
 
 @needs_compiler
 def test_the_server_keeps_its_schedule_and_knows_it() -> None:
     with server(Schedule(0.05, 0.02, 30)) as running:
-        times, text = read_stream(running.port, requests=3, tokens=20)
+        times, answers = read_stream(running.port, requests=3, tokens=20)
         truth = running.truth()
         running.reset()
         again = running.truth()
@@ -98,10 +101,24 @@ def test_the_server_keeps_its_schedule_and_knows_it() -> None:
     assert truth["itl_p50_us"] == pytest.approx(20_000, abs=2000)
     assert truth["late_p50_us"] < 2000
     assert again["events"] == 0
+    text = answers[-1]
     payloads = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert payloads[-1]["usage"]["completion_tokens"] == 20
     assert payloads[-2]["choices"][0]["finish_reason"] == "length"
     assert "data: [DONE]" in text
+
+
+@needs_compiler
+@pytest.mark.parametrize(("endpoint", "kind"), [("completions", "cmpl"), ("chat/completions", "chatcmpl")])
+def test_each_answer_has_an_id_of_its_own_in_its_head_and_in_all_its_events(endpoint: str, kind: str) -> None:
+    """As a real server's: what could be remembered from one answer to the next is not in it."""
+    with server(Schedule(0.01, 0.001, 5)) as running:
+        _, answers = read_stream(running.port, requests=3, tokens=5, endpoint=endpoint)
+    ids = [re.findall(r"x-request-id: (\S+)", answer) for answer in answers]
+    assert [len(own) for own in ids] == [1, 1, 1]
+    assert len({own[0] for own in ids}) == 3
+    for answer, [own] in zip(answers, ids, strict=True):
+        assert [json.loads(line[6:])["id"] for line in answer.splitlines() if line.startswith("data: {")] == [f"{kind}-{own}"] * 6
 
 
 @needs_compiler

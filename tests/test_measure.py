@@ -383,15 +383,36 @@ def test_notes_name_the_shared_host_and_a_short_window(tmp_path: Path) -> None:
     assert stage.throughput.output_tokens_per_s.low is None
 
 
-@pytest.mark.parametrize(("gap_s", "told"), [(1.0, False), (1.6, True)])
-def test_percentiles_of_the_quick_streams_alone_are_noted(tmp_path: Path, gap_s: float, told: bool) -> None:
-    """Streams of 9.1 s in a window of 20 s: most that begin in it end in it. Of those of 14.5 s one in two does, or fewer."""
+@pytest.mark.parametrize(
+    ("quick", "slow", "rate_per_s", "said"),
+    [
+        (6, 6, None, None),  # half of them
+        (5, 6, None, "Of 11 streams that began inside the window and ended well 5 ended in it, and latencies are of these, rather the quick ones; a window of about 84 s would hold 80 %."),
+        (0, 6, None, "ended well 0 ended in it, so there are no latencies of them; a window of about 150 s"),
+        (5, 6, 2.0, "rather the quick ones. Throughput"),  # in open loop no length is told
+        (0, 0, None, None),
+    ],
+)
+def test_latencies_of_the_quick_streams_alone_are_noted(quick: int, slow: int, rate_per_s: float | None, said: str | None) -> None:
+    """Of 1 s and of 30 s, in a window of 20 s; 80 % is told from their mean."""
+    took_s = np.array([1.0] * quick + [30.0] * slow)
+    sent_s = np.linspace(2, 10, quick + slow)
+    blank = columns(sent_s + 0.1, [[]] * len(sent_s), np.ones(len(sent_s)))
+    streams = replace(blank, sent_s=sent_s, scheduled_s=sent_s, finished_s=sent_s + took_s)
+    stages: list[dict[str, Any]] = [{"arrival": "closed", "copies": 4, "duration_s": 20} if rate_per_s is None else {"arrival": "poisson", "rate_per_s": rate_per_s, "duration_s": 20}]
+    asked = Spec.model_validate(synthetic.spec() | {"stages": stages}).stages[0]
+    found = measure._quick(streams, Window(start_s=2.0, end_s=22.0, duration_s=20.0, rule=""), asked)  # type: ignore[arg-type]
+    assert [reason.code for reason in found] == ["quick-streams"] * (said is not None)
+    assert said is None or said in found[0].sentence
+
+
+def test_a_window_in_which_no_stream_ended_says_so(tmp_path: Path) -> None:
     run = one_copy(tmp_path)
-    run.stage(gaps_s=(gap_s,) * 9)
-    notes = {note.code: note.sentence for note in stage_of(run.end(60)).verdict.notes}
-    assert ("quick-streams" in notes) == told
-    if told:
-        assert "a window of 73 s would hold 80 % of them" in notes["quick-streams"]
+    run.stage(gaps_s=(1.6,) * 9)
+    stage = stage_of(run.end(60))
+    assert (stage.requests.in_window_ok, stage.copies.slo_judged) == (0, 1)
+    assert "quick-streams" in codes(stage.verdict.notes)
+    assert "few-streams" not in codes(stage.verdict.notes)
 
 
 # -------------------------------------------------------------------------------------------------- the servers' counters
