@@ -215,7 +215,7 @@ def _post(url: str, path: str, body: str, api_key: str | None, timeout_s: float)
         finally:
             connection.close()
     except TimeoutError:
-        raise ProblemError(f"{shown}: no answer within {timeout_s:g} s; is the model still being loaded?") from None
+        raise ProblemError(f"{shown}: no answer within {timeout_s:g} s; is the model still being loaded, or does something else take the host's processors (kilocopy starts Ray at a low priority)?") from None
     except ssl.SSLError as error:
         raise ProblemError(f"{shown}: no TLS connection: {error.reason or error}; http instead of https?") from None
     except http.client.HTTPException as error:

@@ -1010,7 +1010,9 @@ def load(path: Path) -> Spec:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ProblemError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except (YAMLError, ValueError) as error:  # a control character; a date with a 13th month
+    except RecursionError:
+        raise ProblemError(f"{path}: not valid YAML: brackets or indents lie too deep in each other") from None
+    except (YAMLError, ValueError, TypeError) as error:  # a control character; a date with a 13th month; a key that is a mapping
         raise ProblemError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ProblemError(
@@ -1018,13 +1020,18 @@ def load(path: Path) -> Spec:
         )
     try:
         return Spec.model_validate(YAML(typ="safe", pure=True).load(text))
+    except YAMLError as error:
+        raise ProblemError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise ProblemError("\n".join(_sentence(path, tree, item) for item in error.errors())) from None
 
 
 def _line_of(node: Any, part: str | int) -> int:
-    """Line (from 1) of a mapping's key or a sequence's item, as ruamel.yaml noted it."""
-    at = node.lc.key(part) if isinstance(part, str) else node.lc.item(part)
+    """Line (from 1) of a mapping's key or a sequence's item, as ruamel.yaml noted it; of a key that was merged in (`<<`), its mapping's."""
+    try:
+        at = node.lc.key(part) if isinstance(node, dict) else node.lc.item(part)
+    except KeyError:
+        return int(node.lc.line) + 1
     return int(at[0]) + 1
 
 

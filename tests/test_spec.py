@@ -69,6 +69,9 @@ def test_a_missing_price_is_an_error_because_prices_have_no_default(tmp_path: Pa
         ("", "a spec is a mapping"),
         ("a: 1\na: 2", "not valid YAML"),
         ("a: 2026-13-45", "not valid YAML"),
+        (f"{DEMO}\n? {{a: 1}}\n: 2\n", "not valid YAML: .*unhashable key"),
+        (f"a: {'[' * 20_000}", "lie too deep in each other"),
+        (f"a: &x {{k: 1}}\n<<: [*x]\n1: 2\n{DEMO}", r":3: \[1\]: Keys should be strings"),  # a key that was merged in has no line of its own
     ],
 )
 def test_what_is_no_spec_at_all_gets_a_sentence(tmp_path: Path, text: str, said: str) -> None:
