@@ -1029,7 +1029,8 @@ def load(path: Path) -> Spec:
 def _line_of(node: Any, part: str | int) -> int:
     """Line (from 1) of a mapping's key or a sequence's item, as ruamel.yaml noted it; of a key that was merged in (`<<`), its mapping's."""
     try:
-        at = node.lc.key(part) if isinstance(node, dict) else node.lc.item(part)
+        noted = node.lc
+        at = noted.item(part) if isinstance(node, list) else noted.key(part)
     except KeyError:
         return int(node.lc.line) + 1
     return int(at[0]) + 1
