@@ -594,19 +594,23 @@ def test_times_are_true_at_20_streams(reader: Reader) -> None:
     """The server notes when it hands each event to the kernel, by the same clock; the reader must see it within milliseconds.
 
     Bounds are wide, since server and reader share an interpreter here (5 ms of its switching each way): what is proven is that
-    no block of bytes is waited for, and no event is given another one's time.
+    no block of bytes is waited for, and no event is given another one's time. A host that stands still for a moment makes both late:
+    then it is played again, twice at most.
     """
-    with Server("ok", tokens=50, ttft_s=0.1, itl_s=0.02) as server:
-        asking = [gevent.spawn_later(0.007 * index, ask, reader, server.url) for index in range(20)]
-        gevent.joinall(asking, timeout=20)
-    answered = [greenlet.value for greenlet in asking]
-    assert [outcome for outcome, *_ in answered] == ["ok"] * 20
-    seen_ns = np.array(sorted(list(answer.times_ns) for *_, answer in answered))
-    sent_ns = np.array(sorted(sends[:50] for sends in server.sends_ns))
-    late_ms = (seen_ns - sent_ns) / 1e6
-    assert late_ms.min() > -6  # the time is taken before the reads: events that come during a pass carry its beginning
-    assert np.median(late_ms) < 5
-    assert np.percentile(late_ms, 95) < 20
+    for _ in range(3):
+        with Server("ok", tokens=50, ttft_s=0.1, itl_s=0.02) as server:
+            asking = [gevent.spawn_later(0.007 * index, ask, reader, server.url) for index in range(20)]
+            gevent.joinall(asking, timeout=20)
+        answered = [greenlet.value for greenlet in asking]
+        assert [outcome for outcome, *_ in answered] == ["ok"] * 20
+        seen_ns = np.array(sorted(list(answer.times_ns) for *_, answer in answered))
+        sent_ns = np.array(sorted(sends[:50] for sends in server.sends_ns))
+        late_ms = (seen_ns - sent_ns) / 1e6
+        assert late_ms.min() > -6  # the time is taken before the reads: events that come during a pass carry its beginning
+        if np.median(late_ms) < 5 and np.percentile(late_ms, 95) < 20:
+            break
+    else:
+        pytest.fail(f"late by {np.median(late_ms):.1f} ms (median), {np.percentile(late_ms, 95):.1f} ms (p95) in the last of three")
     ttft_ms = [(answer.times_ns[0] - stream.sent_ns) / 1e6 for _, _, stream, answer in answered]
     assert min(ttft_ms) >= 100
 
