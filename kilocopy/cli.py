@@ -158,6 +158,7 @@ def status(
         typer.echo("\n".join(standing.table(now)), err=True)
     typer.echo(json.dumps(state, indent=2, sort_keys=True))
     if not state["alive"]:
+        typer.echo(f"nothing is being served: what was served here is {state['phase']}, and the JSON is the last that it said", err=True)
         raise typer.Exit(1)
 
 
@@ -284,8 +285,8 @@ def compare_command(
 @app.command("plan")
 def plan_command(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run on one replica with three closed stages or more, or repeats of it.")],
-    copies: Annotated[int, typer.Option("--copies", min=0, help="Copies at once, each asking again as soon as its stream ended.")] = 0,
-    rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second.")] = 0,
+    copies: Annotated[int, typer.Option("--copies", min=0, max=100_000_000, help="Copies at once, each asking again as soon as its stream ended.")] = 0,
+    rate: Annotated[float, typer.Option("--rate", min=0, max=10_000_000, help="Requests a second.")] = 0,
     burstiness: Annotated[float, typer.Option("--burstiness", min=0.01, help="Of the requests: 1 is Poisson, below 1 comes in bursts.")] = 1,
     node: Annotated[int, typer.Option("--node", min=0, help="Replicas on a node, which die together; 0 lets none die.")] = 1,
     most: Annotated[int, typer.Option("--most", min=1, help="Replicas at which the search gives up.")] = 10_000,
@@ -368,6 +369,10 @@ def render_command(
     prometheus: Annotated[str, typer.Option("--prometheus", metavar="URL", help="Where Grafana finds Prometheus.")] = "http://127.0.0.1:9090",
 ) -> None:  # fmt: skip
     """Write prometheus.yml, the rules, and Grafana's provisioning files with the dashboards."""
+    from kilocopy.recompute import read_manifest
+
+    for path in run_dirs or []:
+        read_manifest(path)  # else Prometheus would watch a folder in which nothing will ever be
     targets = [f"{path.resolve()}/targets/*.json" for path in run_dirs or []]
     watched = provision.Watched(targets, servers or [], servers_file or [], cluster)
     for path in provision.render(out, watched, prometheus_url=prometheus).values():

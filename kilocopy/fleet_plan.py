@@ -72,7 +72,7 @@ def sheet(
     return Sheet(
         title="plan",
         headline=answer,
-        notes=[_slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
+        notes=[*_unfit(own), _slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), sentences=draws_told(draws), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
@@ -80,6 +80,18 @@ def sheet(
             Section("What the simulation is worth", sentences=_validation() if checked else [], table=_deviations(own, checked)),
         ],
     )
+
+
+def _unfit(own: list[Deviation]) -> list[str]:
+    """Where the fit does not even give its own stages back, nothing that is simulated from it is worth planning with."""
+    off = [one for one in own if abs(one.throughput) > WITHIN["throughput"] or abs(one.ttft) > WITHIN["ttft"]]
+    if not off:
+        return []
+    told = "; ".join(f"{one.load}: throughput {one.throughput:+.0%}, TTFT p50 {one.ttft:+.0%}" for one in off)
+    return [
+        f"NOT TO BE RELIED ON: played again, {len(off)} of the {len(own)} stages that it was fitted on are off by more than {WITHIN['throughput']:.0%} in throughput "
+        f"or {WITHIN['ttft']:.0%} in TTFT p50 ({told}). Measure one replica again: longer stages, more levels, an idle host."
+    ]
 
 
 def _slo(spec: Spec) -> str:

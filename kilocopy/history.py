@@ -113,6 +113,8 @@ def read(where: str) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _texts(where: str) -> tuple[dict[str, str], list[str]]:
     """Every summary.json's text by its path. Credentials of an object store come from its own environment variables."""
+    if "://" not in where and not Path(where).is_dir():
+        raise ProblemError(f"{where}: no such folder; give one that holds run directories, or an object store (s3://bucket/runs)")
     try:
         store, root = pafs.FileSystem.from_uri(where) if "://" in where else (pafs.LocalFileSystem(), str(Path(where).resolve()))
         infos = store.get_file_info(pafs.FileSelector(root, recursive=True))

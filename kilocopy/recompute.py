@@ -7,7 +7,7 @@ records of a run that was killed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from kilocopy import __version__, experiment, measure, nodes, outages, price, re
 from kilocopy.corpus import corpus
 from kilocopy.findings import find
 from kilocopy.headline import headline, searches
+from kilocopy.manifest import SCHEMA_VERSION as MANIFEST_VERSION
 from kilocopy.played import Beside, Played
 from kilocopy.problem import ProblemError
 from kilocopy.references import REFERENCES
@@ -45,8 +46,8 @@ def summarise(run_dir: Path) -> Summary:
     if experiment.is_home(manifest):
         return _experiment(run_dir, manifest)
     run = _measured(run_dir, manifest)
-    damaged = [name for name in records.cut_off(run_dir) if name.startswith("requests/")]
-    status, status_sentence = _status(run.spec, run.recorded.events, run.spans, damaged)
+    timeline = measure.timeline(run.recorded, run.spans)  # which reads what no stage has read
+    status, status_sentence = _status(run.spec, run.recorded.events, run.spans, run.recorded.damaged)
     searched = searches(run.spec, run.stages)
     head = headline(run.spec, run.stages, searched, status_sentence if status == "interrupted" else "")
     return _summary(
@@ -58,7 +59,7 @@ def summarise(run_dir: Path) -> Summary:
         status_sentence=status_sentence,
         searches=searched,
         wall_zero_s=next((event["wall_ns"] / 1e9 - event["t_s"] for event in run.recorded.events if "wall_ns" in event), None),
-        timeline=measure.timeline(run.recorded, run.spans),
+        timeline=timeline,
         outages=outages.outages(run.recorded, run.spans),
         clocks=[
             Clock(process=one.process, host=one.host, same_clock=one.same, rounds=one.rounds, offset_s=one.offset_s, drift_s=one.drift_s, error_s=one.error_s)
@@ -157,7 +158,7 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
                     moved = moved.model_copy(update={"title": level})
                 played[level] = Played(level, run.spec, moved, run.recorded, span)
         bins += [_moved_bin(one, numbers.get(one.stage, -1), at_s) for one in measure.timeline(run.recorded, run.spans)]
-        damaged += _damaged(part, run.recorded.events)
+        damaged += _damaged(part, run.recorded)
         at_s = (bins[-1].t_s if bins else at_s) + 1 + GAP_S
     ordered = [played[level] for level in levels if level in played]
     void = sum(one.stage.verdict.level == "void" for one in ordered if one.level in finished)
@@ -212,16 +213,15 @@ def _moved_bin(one: Bin, stage: int, by_s: float) -> Bin:
     return one.model_copy(update={"stage": stage, "t_s": one.t_s + by_s})
 
 
-def _damaged(part: Path, events: Sequence[dict[str, Any]]) -> list[str]:
-    """Request files that end early although their run came to its end."""
-    if not any(event["event"] == "run_end" and event.get("reason") == "complete" for event in events):
-        return []
-    return [f"{part.name}/{name}" for name in records.cut_off(part) if name.startswith("requests/")]
+def _damaged(part: Path, recorded: recording.Recording) -> list[str]:
+    """What is wrong with the files of a part: one that ends early says something only where the part came to its end."""
+    whole = any(event["event"] == "run_end" and event.get("reason") == "complete" for event in recorded.events)
+    return [f"{part.name}/{name} {said}" for name, said in recorded.damaged.items() if whole or said == records.DAMAGED]
 
 
 def _experiment_status(home: Path, asked: int, finished: int, void: int, damaged: Sequence[str]) -> tuple[Literal["complete", "interrupted"], str]:
     if damaged:
-        return "interrupted", f"The records are damaged: {', '.join(damaged)} is cut off, and rows are missing."
+        return "interrupted", f"The records are damaged: {', '.join(damaged)}; rows are missing."
     if finished == asked:
         more = f", {void} of them void; `kilocopy run SPEC --resume {home.name} --again void` plays those again" if void else ""
         return "complete", f"Complete: {asked} of {asked} levels were played to their end{more}."
@@ -239,7 +239,10 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ProblemError(f"{path}: cannot be read: {error}") from None
     if not isinstance(manifest, dict):
-        raise ProblemError(f"{path}: a manifest is a JSON object, this is a {type(manifest).__name__}")
+        raise ProblemError(f"{path}: a manifest is a JSON object, and this is none; the run's records beside it are untouched: put its manifest back")
+    version = manifest.get("schema_version", MANIFEST_VERSION)
+    if version != MANIFEST_VERSION:
+        raise ProblemError(f"{path}: schema_version {version!r}, and this kilocopy reads {MANIFEST_VERSION}: report it with the kilocopy that made it")
     return manifest
 
 
@@ -265,7 +268,7 @@ def _stage(spec: Spec, recorded: recording.Recording, span: windows.Span, manife
 
 
 def _status(
-    spec: Spec, events: Sequence[dict[str, Any]], found: Sequence[windows.Span], damaged: Sequence[str]
+    spec: Spec, events: Sequence[dict[str, Any]], found: Sequence[windows.Span], damaged: Mapping[str, str]
 ) -> tuple[Literal["complete", "interrupted"], str]:
     """Whether the run came to its end, and in words how far it came.
 
@@ -275,16 +278,14 @@ def _status(
     asked, begun = len(spec.stages), {span.index for span in found}
     whole = begun - {span.index for span in found if span.cut_off}
     ends = [event.get("reason") for event in events if event["event"] == "run_end"]
+    spoilt = ", ".join(f"{name} {said}" for name, said in damaged.items() if said == records.DAMAGED)
     count = f"{len(whole)} of {asked} {'stage' if asked == 1 else 'stages'} ran to the end"
     if ends and all(reason == "complete" for reason in ends) and len(whole) == asked:
         lost = {worker for span in found for worker in span.lost}
         gone = {f"requests/worker{worker}.arrow" for worker in lost}  # its file has no end, and the stage says so
-        damaged = [name for name in damaged if name not in gone]
-        if damaged:
-            return (
-                "interrupted",
-                f"The run came to its end, but its records are damaged: {', '.join(damaged)} is cut off, and rows are missing.",
-            )
+        told = ", ".join(f"{name} {said}" for name, said in damaged.items() if name not in gone or said == records.DAMAGED)
+        if told:
+            return "interrupted", f"The run came to its end, but its records are damaged: {told}; rows are missing."
         return "complete", f"Complete: {asked} of {asked} {'stage' if asked == 1 else 'stages'} ran to the end."
     if "interrupted" in ends:
         how = "was interrupted"
@@ -292,4 +293,5 @@ def _status(
         how = "came to its end, but not all of its processes did"
     else:
         how = "has no end in its records: it was killed, or it is still running and this is what there is so far"
-    return "interrupted", f"The run {how}; {count}, {len(begun)} began."
+    also = f" Its records are damaged, too: {spoilt}; rows are missing." if spoilt else ""
+    return "interrupted", f"The run {how}; {count}, {len(begun)} began.{also}"

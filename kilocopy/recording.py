@@ -103,6 +103,7 @@ class Recording:
     end_s: float
     sent: dict[int, int] = field(default_factory=dict)  # requests of the run by worker, as each last counted them itself
     clocks: list[Offset] = field(default_factory=list)  # of processes that joined from elsewhere
+    broken: dict[str, str] = field(default_factory=dict)  # files of driver, servers and meters that are not whole
     _last: dict[Place, Streams] = field(default_factory=dict, repr=False, compare=False)
     _courses: dict[Place, Course] = field(default_factory=dict, repr=False, compare=False)
 
@@ -127,6 +128,11 @@ class Recording:
         return np.arange(int(np.ceil(self.end_s)) + 1, dtype=np.float64)
 
     @property
+    def damaged(self) -> dict[str, str]:
+        """Files that are not whole, and in words why, as far as the run was read: of requests all, of others those that were once."""
+        return dict(sorted((self.rows.broken | {name: said for name, said in self.broken.items() if said == records.DAMAGED}).items()))
+
+    @property
     def streams(self) -> Streams:
         """All requests of the run at once."""
         return self.rows.read(self.rows.places, self.zero_ns)
@@ -137,7 +143,8 @@ def load(run_dir: Path) -> Recording:
     events = records.read_events(run_dir)
     clock = Clocks(events)
     rows = Rows(run_dir, clock.of_file)
-    tables = {kind: _table(run_dir, kind, clock) for kind in ("driver", "server", "energy")}  # texts and verdicts have no times
+    broken: dict[str, str] = {}
+    tables = {kind: _table(run_dir, kind, clock, broken) for kind in ("driver", "server", "energy")}  # texts and verdicts have no times
     shifted = [event | {"time_ns": int(event["time_ns"]) + clock.of_event(event)} for event in events]
     zero_ns = _zero_ns(shifted, rows)
     timed = sorted((event | {"t_s": (event["time_ns"] - zero_ns) / 1e9} for event in shifted), key=lambda event: event["t_s"])
@@ -154,14 +161,15 @@ def load(run_dir: Path) -> Recording:
         end_s=max((float(values.max()) for values in ends if len(values)), default=0.0),
         sent=_sent(tables["driver"]),
         clocks=clock.offsets,
+        broken=broken,
     )
 
 
-def _table(run_dir: Path, kind: str, clock: Clocks) -> pa.Table:
+def _table(run_dir: Path, kind: str, clock: Clocks, broken: dict[str, str]) -> pa.Table:
     """All rows of a kind, on the common clock; the rows of a batch are shifted alike, so that no duration changes."""
     schema = records.SCHEMAS[kind]
     parts = []
-    for batch in records.batches(run_dir, kind):
+    for batch in records.batches(run_dir, kind, broken):
         shift_ns = clock.of_file(batch.schema.metadata, pc.max(batch.column("time_ns")).as_py() or 0)
         columns = {field.name: _column(batch, field) for field in schema}
         if shift_ns:

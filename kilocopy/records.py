@@ -28,6 +28,8 @@ from typing import Any
 
 import pyarrow as pa
 
+UNREADABLE = (pa.ArrowInvalid, EOFError, OSError)  # what Arrow says of bytes that are no records
+CUT_OFF, DAMAGED = "is cut off", "cannot be read to its end"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC: continuation marker, length 0
 
 OUTCOMES = (
@@ -168,27 +170,34 @@ class Events:
         self._file.write(json.dumps(line) + "\n")
 
 
-def batches(run_dir: Path, kind: str) -> Iterator[pa.RecordBatch]:
-    """Every whole batch of every file of a kind, in the order of file names; a torn tail (a killed writer) ends its file."""
+def batches(run_dir: Path, kind: str, broken: dict[str, str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Every whole batch of every file of a kind, in the order of file names; a torn tail (a killed writer) ends its file.
+
+    `broken` is told what is wrong with a file that is not whole, by its name in the run (see `missing`).
+    """
     for path in sorted((run_dir / kind).glob("*.arrow")):
         with path.open("rb") as file:
             try:
-                stream = pa.ipc.open_stream(file)
-                yield from stream
-            except (pa.ArrowInvalid, EOFError, OSError):
-                continue
+                yield from pa.ipc.open_stream(file)
+                end = file.tell()
+            except UNREADABLE:
+                end = None
+        if broken is not None and (said := missing(path, end)):
+            broken[f"{kind}/{path.name}"] = said
 
 
-def cut_off(run_dir: Path) -> list[str]:
-    """Files that do not end as a closed stream does (names relative to the run): their writer was killed, or they were damaged."""
-    found = []
-    for path in sorted(run_dir.glob("*/*.arrow")):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - len(END_OF_STREAM)))
-            if file.read() != END_OF_STREAM:
-                found.append(str(path.relative_to(run_dir)))
-    return found
+def missing(path: Path, end: int | None) -> str:
+    """What a file lacks that was read up to here (None: up to an error): `is cut off`, DAMAGED, or nothing.
+
+    A file that ends as a closed stream does was whole once; where reading it ended before, it was changed since. One without that end
+    had its writer killed, or was cut.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(END_OF_STREAM)))
+        if file.read() != END_OF_STREAM:
+            return CUT_OFF
+    return "" if end == size else DAMAGED
 
 
 def read(run_dir: Path, kind: str) -> pa.Table:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kilocopy.records import OUTCOMES, REQUESTS
+from kilocopy.records import DAMAGED, OUTCOMES, REQUESTS, UNREADABLE, missing
 from kilocopy.streams import Streams
 
 Place = tuple[int, int]  # stage, level
@@ -43,11 +43,12 @@ class Rows:
     def __init__(self, run_dir: Path, shift_of: Callable[[Any, int], int]) -> None:
         """Look through the files. `shift_of`: nanoseconds to add to the times of a file with this metadata, about a time of its own clock."""
         self._found: dict[Place, list[_Batch]] = {}
+        self.broken: dict[str, str] = {}  # files that are not whole, and what is wrong with them (records.missing)
         self.sent: Counter[int] = Counter()  # rows by worker, without those of arrivals that were dropped
         self.first_scheduled_ns: int | None = None
         self.last_finished_ns: int | None = None
         for path in sorted((run_dir / "requests").glob("*.arrow")):
-            for batch, where in _indexed(path, shift_of):
+            for batch, where in self._indexed(path, shift_of):
                 self._note(batch, where)
 
     def _note(self, batch: pa.RecordBatch, where: _Batch) -> None:
@@ -65,6 +66,26 @@ class Rows:
         if last is not None:
             self.last_finished_ns = max(last + where.shift_ns, self.last_finished_ns or last + where.shift_ns)
 
+    def _indexed(self, path: Path, shift_of: Callable[[Any, int], int]) -> Iterator[tuple[pa.RecordBatch, _Batch]]:
+        """Every whole batch of a file, its INDEXED columns alone; a torn tail ends the file."""
+        end = None
+        try:
+            with pa.memory_map(str(path)) as source:
+                schema = pa.ipc.open_stream(source).schema
+                source.seek(0)
+                fields = [schema.get_field_index(name) for name in INDEXED if name in schema.names]
+                stream = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
+                offset = source.tell()
+                for batch in stream:
+                    last_ns = pc.max(batch.column("finished_ns")).as_py() or 0
+                    yield batch, _Batch(path, schema, offset, shift_of(schema.metadata, last_ns))
+                    offset = source.tell()
+                end = source.tell()
+        except UNREADABLE:
+            pass
+        if said := missing(path, end):
+            self.broken[_name(path)] = said
+
     @property
     def places(self) -> list[Place]:
         """Every stage and level that has a request."""
@@ -76,7 +97,11 @@ class Rows:
         wanted.sort(key=lambda batch: (batch.path, batch.offset))
         columns: dict[str, list[npt.NDArray[Any]]] = {}
         for where in wanted:
-            batch = _read(where)
+            try:
+                batch = _read(where)
+            except UNREADABLE:  # the columns of the index were whole, others are not
+                self.broken[_name(where.path)] = DAMAGED
+                continue
             kept = _kept(batch, places)
             for name, values in _columns(batch if kept is None else batch.filter(kept), where.shift_ns - zero_ns).items():
                 columns.setdefault(name, []).append(values)
@@ -90,21 +115,8 @@ class Rows:
         return Streams(**joined, gap_starts=np.cumsum(counts, dtype=np.int64) - counts)
 
 
-def _indexed(path: Path, shift_of: Callable[[Any, int], int]) -> Iterator[tuple[pa.RecordBatch, _Batch]]:
-    """Every whole batch of a file, its INDEXED columns alone; a torn tail ends the file."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            schema = pa.ipc.open_stream(source).schema
-            source.seek(0)
-            fields = [schema.get_field_index(name) for name in INDEXED if name in schema.names]
-            stream = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
-            while True:
-                offset = source.tell()
-                batch = stream.read_next_batch()
-                last_ns = pc.max(batch.column("finished_ns")).as_py() or 0
-                yield batch, _Batch(path, schema, offset, shift_of(schema.metadata, last_ns))
-    except (StopIteration, pa.ArrowInvalid, EOFError, OSError):
-        return
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def _read(where: _Batch) -> pa.RecordBatch:

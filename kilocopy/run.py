@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -179,10 +180,26 @@ def power_meter(run_dir: Path, pages: Sequence[str] = ()) -> Iterator[None]:
 def report(run_dir: Path, *, quiet: bool = False) -> Path:
     """Measure and price from the records, write summary.json and report.html, print the report; returns summary.json's path."""
     summary = summarise(run_dir)
+    if summary.status == "interrupted":
+        _keep_whole(run_dir)
     path = write(summary, run_dir)
     if not quiet:
         print_report(summary, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
     return path
+
+
+def _keep_whole(run_dir: Path) -> None:
+    """Put aside the report of a run that was complete when it was made and is not any more: its records were damaged since."""
+    try:
+        before = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        if before["status"] != "complete":
+            return
+        for made in (run_dir / "report.html", run_dir / "summary.json"):
+            if made.exists():
+                made.replace(made.with_stem(f"{made.stem}.whole"))
+    except (OSError, ValueError, KeyError, TypeError):  # there was none, or none that says anything
+        return
+    ERR.print(f"[red]report[/]  the records of {run_dir} were damaged since its last report, which is kept: {run_dir / 'summary.whole.json'}", highlight=False)
 
 
 def write(summary: Summary, run_dir: Path) -> Path:

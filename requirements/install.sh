@@ -25,5 +25,6 @@ echo "setup: installing the pinned versions (torch $torch from ${UV_FIND_LINKS:-
 export VIRTUAL_ENV=$venv UV_LINK_MODE=${UV_LINK_MODE:-hardlink}
 # grafana-client's HTTP library brings its own urllib3, and takes the place of everybody's unless it is built otherwise.
 export URLLIB3_NO_OVERRIDE=1
-"$venv/bin/uv" pip install -q "${from[@]}" --no-binary urllib3-future --override requirements/overrides.txt -r requirements/cpu.txt
+# Compiled here once: else each process of each replica compiles torch and vLLM for itself at its first start, and at every start where PYTHONDONTWRITEBYTECODE is set.
+"$venv/bin/uv" pip install -q --compile-bytecode "${from[@]}" --no-binary urllib3-future --override requirements/overrides.txt -r requirements/cpu.txt
 "$venv/bin/uv" pip install -q --no-deps -e .

@@ -121,6 +121,9 @@ def test_kubernetes_gets_config_maps_for_grafanas_sidecar() -> None:
 
 def test_the_command_renders_a_run(tmp_path: Path) -> None:
     (tmp_path / "r1").mkdir()
+    assert "r1: not a run directory" in refused(kilocopy("dashboards", "render", "out", "--run", "r1", cwd=tmp_path))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "r1/manifest.json").write_text("{}")
     done = kilocopy("dashboards", "render", "out", "--run", "r1", cwd=tmp_path)
     assert done.stdout.splitlines() == ["out/prometheus/prometheus.yml", "out/grafana/provisioning"]
     assert f"{tmp_path}/r1/targets/*.json" in (tmp_path / "out/prometheus/prometheus.yml").read_text()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from kilocopy.page import render_html
 from kilocopy.problem import ProblemError
 from kilocopy.recompute import summarise
 from kilocopy.records import write_json
+from kilocopy.run import report
 from kilocopy.spec import Slo, Spec
 from kilocopy.summary import Summary
 from tests import synthetic
@@ -199,6 +201,64 @@ def test_a_complete_run_with_a_damaged_requests_file_says_so(tmp_path: Path) -> 
     summary = summarise(tmp_path)
     assert summary.status == "interrupted"
     assert f"requests/{path.name} is cut off" in summary.status_sentence
+
+
+def in_batches(path: Path) -> list[int]:
+    """Write a file of records again in batches of 16 rows, and say at which byte each begins."""
+    with pa.ipc.open_stream(path.read_bytes()) as stream:
+        table = stream.read_all()
+    offsets = []
+    with path.open("wb") as file, pa.ipc.new_stream(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as out:
+        for batch in table.to_batches(max_chunksize=16):
+            offsets.append(file.tell())
+            out.write_batch(batch)
+    return offsets
+
+
+@pytest.mark.parametrize("kind", ["requests", "driver", "server", "energy"])
+@pytest.mark.parametrize("damage", ["zeros", "noise", "from the body on"])
+def test_records_that_were_damaged_in_the_middle_are_told(tmp_path: Path, kind: str, damage: str) -> None:
+    """A file with its true end of which the middle was changed; before, what lay behind it was missing without a word."""
+    ideal(tmp_path)
+    path = next((tmp_path / kind).glob("*.arrow"))
+    if kind == "driver":
+        run = Run(tmp_path / "other")
+        for second in range(40):
+            run.lag(second)
+        run.close()
+        path.write_bytes(next((tmp_path / "other/driver").glob("*.arrow")).read_bytes())
+    offsets = in_batches(path)
+    assert len(offsets) >= 3
+    assert summarise(tmp_path).status == "complete"
+    held, (_, second, third, *_) = bytearray(path.read_bytes()), offsets
+    begin, end = {"zeros": (second, second + 64), "noise": (second + 4, third), "from the body on": ((second + third) // 2, third)}[damage]
+    held[begin:end] = bytes(end - begin) if damage == "zeros" else bytes(37 * at % 251 for at in range(end - begin))
+    path.write_bytes(held)
+    summary = summarise(tmp_path)
+    assert summary.status == "interrupted"
+    assert f"{kind}/{path.name} cannot be read to its end; rows are missing" in summary.status_sentence
+    (tmp_path / "events" / "driver-0.jsonl").write_text("")  # it was killed, too
+    assert f"Its records are damaged, too: {kind}/{path.name} cannot" in summarise(tmp_path).status_sentence
+
+
+def test_damage_does_not_cost_the_report_that_was_made_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = report(ideal(tmp_path), quiet=True).read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert report(tmp_path, quiet=True).read_text() == before
+    assert not (tmp_path / "summary.whole.json").exists()
+    path = next((tmp_path / "requests").glob("*.arrow"))
+    path.write_bytes(path.read_bytes()[:-37])
+    for _ in range(2):
+        assert json.loads(report(tmp_path, quiet=True).read_text())["status"] == "interrupted"
+        assert ((tmp_path / "summary.whole.json").read_text(), (tmp_path / "report.whole.html").read_text()) == (before, page)
+    assert capsys.readouterr().err.replace("\n", "").count("damaged since its last report, which is kept") == 1
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = ideal(tmp_path) / "manifest.json"
+    write_json(path, json.loads(path.read_text()) | {"schema_version": 7})
+    with pytest.raises(ProblemError, match="schema_version 7, and this kilocopy reads 1"):
+        summarise(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- searches
