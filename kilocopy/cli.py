@@ -158,7 +158,7 @@ def status(
         typer.echo("\n".join(standing.table(now)), err=True)
     typer.echo(json.dumps(state, indent=2, sort_keys=True))
     if not state["alive"]:
-        typer.echo(f"nothing is being served: what was served here is {state['phase']}, and the JSON is the last that it said", err=True)
+        typer.echo(f"nothing is being served; the last serving here: {state['phase']} (the JSON is the last that it said)", err=True)
         raise typer.Exit(1)
 
 
@@ -369,11 +369,11 @@ def render_command(
     prometheus: Annotated[str, typer.Option("--prometheus", metavar="URL", help="Where Grafana finds Prometheus.")] = "http://127.0.0.1:9090",
 ) -> None:  # fmt: skip
     """Write prometheus.yml, the rules, and Grafana's provisioning files with the dashboards."""
+    from kilocopy import experiment
     from kilocopy.recompute import read_manifest
 
-    for path in run_dirs or []:
-        read_manifest(path)  # else Prometheus would watch a folder in which nothing will ever be
-    targets = [f"{path.resolve()}/targets/*.json" for path in run_dirs or []]
+    watched_runs = [run for path in run_dirs or [] for run in (experiment.parts(path) if experiment.is_home(read_manifest(path)) else [path])]
+    targets = [f"{run.resolve()}/targets/*.json" for run in watched_runs]
     watched = provision.Watched(targets, servers or [], servers_file or [], cluster)
     for path in provision.render(out, watched, prometheus_url=prometheus).values():
         typer.echo(path)

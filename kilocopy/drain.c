@@ -19,7 +19,7 @@ enum { NOT_OURS = 3 };                 // a socket without a line: whoever asked
 enum { FAILED = -(1 << 20) };          // with a Python exception: memory is out
 
 // While reads bring more than one event, more are let gather before the next: a wake-up costs about as much as reading an event. With the
-// kernel's timer slack of 50 us a sleep is of some 0.1 ms, and so is what this adds to a time at most.
+// kernel's timer slack of 50 us a sleep is of some 0.1 ms; an event may wait that long and for the reads of those before it.
 static const struct timespec GATHER = {.tv_nsec = 50000};
 
 typedef struct {
@@ -302,7 +302,7 @@ PyMODINIT_FUNC PyInit__drain(void) {
   PyObject *made = PyModule_Create(&module);
   if (!made) return NULL;
   Py_INCREF(&drain_type);
-  if (PyModule_AddIntConstant(made, "EDITION", 3) < 0) return Py_DECREF(made), NULL;  // as kilocopy/drain.py wants it; one more with each change of what is called
+  if (PyModule_AddIntConstant(made, "EDITION", 4) < 0) return Py_DECREF(made), NULL;  // as kilocopy/drain.py wants it; one more with each change of what is called
   if (PyModule_AddObject(made, "Drain", (PyObject *)&drain_type) < 0) return Py_DECREF(&drain_type), Py_DECREF(made), NULL;
   return made;
 }

@@ -14,7 +14,7 @@ from kilocopy.problem import ProblemError
 # What the compiled reader says of a socket that it looked at; a negative number is -errno.
 ON, SEE, CLOSED, NOT_OURS = range(4)
 CHOICES = ("compiled", "plain")
-EDITION = 3  # of kilocopy/drain.c and events.c: what an older checkout's setup has built is not used
+EDITION = 4  # of kilocopy/drain.c and events.c: what an older checkout's setup has built is not used
 
 
 def built() -> ModuleType | None:

@@ -49,8 +49,9 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
     write_sheet(page, html)
     if as_json:
         parts: dict[str, Sequence[Frozen]] = {"tried": tried, "redrawn": draws, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
+        unreliable = unfit(own)
         told = {name: [one.model_dump() for one in part] for name, part in parts.items()}
-        print(json.dumps(told | {"stored_validation": planning.stored(), "simulated": finished.summary.simulated}, indent=2))
+        print(json.dumps(told | {"unreliable": unreliable, "stored_validation": planning.stored(), "simulated": finished.summary.simulated}, indent=2))
     else:
         print_sheet(page, Console(highlight=False))
     print(f"page: {html.resolve()}", file=sys.stderr)
@@ -71,8 +72,8 @@ def sheet(
     )
     return Sheet(
         title="plan",
-        headline=answer,
-        notes=[*_unfit(own), _slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
+        headline=" ".join([*unfit(own), answer]),
+        notes=[_slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), sentences=draws_told(draws), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
@@ -82,7 +83,7 @@ def sheet(
     )
 
 
-def _unfit(own: list[Deviation]) -> list[str]:
+def unfit(own: list[Deviation]) -> list[str]:
     """Where the fit does not even give its own stages back, nothing that is simulated from it is worth planning with."""
     off = [one for one in own if abs(one.throughput) > WITHIN["throughput"] or abs(one.ttft) > WITHIN["ttft"]]
     if not off:
@@ -90,7 +91,7 @@ def _unfit(own: list[Deviation]) -> list[str]:
     told = "; ".join(f"{one.load}: throughput {one.throughput:+.0%}, TTFT p50 {one.ttft:+.0%}" for one in off)
     return [
         f"NOT TO BE RELIED ON: played again, {len(off)} of the {len(own)} stages that it was fitted on are off by more than {WITHIN['throughput']:.0%} in throughput "
-        f"or {WITHIN['ttft']:.0%} in TTFT p50 ({told}). Measure one replica again: longer stages, more levels, an idle host."
+        f"or {WITHIN['ttft']:.0%} in TTFT p50 ({told}); measure one replica again, in longer stages, at more levels, on an idle host."
     ]
 
 
@@ -111,6 +112,8 @@ def _failure(best: Outcome, after: Outcome | None, node: int) -> list[str]:
 
 def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
     worst = checked or own
+    if not worst:
+        return "and held against nothing: no stage of the run is of a load that can be replayed."
     which = "the run given with --against" if checked else "its own stages, played again (how well the fit fits, and no validation),"
     return f"against {which} throughput is off by {percent(max(abs(one.throughput) for one in worst))} at most, TTFT p50 by {percent(max(abs(one.ttft) for one in worst))}."
 

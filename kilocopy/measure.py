@@ -20,6 +20,7 @@ from scipy.special import stdtrit
 from kilocopy import frontier, health, identity, summary, windows
 from kilocopy.identity import check_copies, check_littles_law, check_tokens, gauge, gauge_mean
 from kilocopy.recording import Recording, Samples
+from kilocopy.records import DAMAGED
 from kilocopy.spec import ClosedStage, PlainStage, Slo, Spec, StepsStage, SyntheticPrompts, TraceStage
 from kilocopy.streams import Floats, Gaps, Mask, Streams
 from kilocopy.summary import Check, Estimate, Percentiles, Reason
@@ -296,7 +297,13 @@ INTERRUPTED = Reason(code="interrupted", sentence="The stage was cut off: stream
 
 
 def _rows_missing(recording: Recording) -> list[Reason]:
-    """Whether a driver's worker that ended its records counted more requests as sent than it kept rows of: then nobody knows which stage lacks them."""
+    """Whether rows were lost: a file was damaged, or a worker that ended its records counted more requests as sent than it kept rows of.
+
+    Then nobody knows which stage lacks them.
+    """
+    spoilt = [name for name, said in recording.damaged.items() if said == DAMAGED and name.startswith(("requests/", "driver/"))]
+    if spoilt:
+        return [Reason(code="rows-missing", sentence=f"The records are damaged ({', '.join(spoilt)}), and rows are missing.")]
     closed = {event.get("process") for event in recording.events if event["event"] == "run_end"}
     short = [
         f"worker {worker} sent {sent:,} and kept {recording.rows.sent[worker]:,}"

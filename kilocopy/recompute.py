@@ -144,6 +144,7 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
     damaged: list[str] = []
     played_parts: list[Part] = []
     at_s = 0.0
+    counted = {part for part, _ in finished.values()}
     for part in experiment.parts(home):
         run = _measured(part, read_manifest(part))
         named = run.manifest.get(experiment.LEVELS_KEY) or []
@@ -158,7 +159,7 @@ def _experiment(home: Path, manifest: dict[str, Any]) -> Summary:
                     moved = moved.model_copy(update={"title": level})
                 played[level] = Played(level, run.spec, moved, run.recorded, span)
         bins += [_moved_bin(one, numbers.get(one.stage, -1), at_s) for one in measure.timeline(run.recorded, run.spans)]
-        damaged += _damaged(part, run.recorded)
+        damaged += _damaged(part, run) if part in counted else []
         at_s = (bins[-1].t_s if bins else at_s) + 1 + GAP_S
     ordered = [played[level] for level in levels if level in played]
     void = sum(one.stage.verdict.level == "void" for one in ordered if one.level in finished)
@@ -213,15 +214,22 @@ def _moved_bin(one: Bin, stage: int, by_s: float) -> Bin:
     return one.model_copy(update={"stage": stage, "t_s": one.t_s + by_s})
 
 
-def _damaged(part: Path, recorded: recording.Recording) -> list[str]:
-    """What is wrong with the files of a part: one that ends early says something only where the part came to its end."""
-    whole = any(event["event"] == "run_end" and event.get("reason") == "complete" for event in recorded.events)
-    return [f"{part.name}/{name} {said}" for name, said in recorded.damaged.items() if whole or said == records.DAMAGED]
+def _damaged(part: Path, run: Measured) -> list[str]:
+    """What is wrong with the files of a part: one that ends early says something only where the part came to its end, and its worker was not lost."""
+    whole = any(event["event"] == "run_end" and event.get("reason") == "complete" for event in run.recorded.events)
+    early = {name for name in run.recorded.damaged if name not in _gone(run.spans)} if whole else set()
+    return [f"{part.name}/{name} {said}" for name, said in run.recorded.damaged.items() if said == records.DAMAGED or name in early]
+
+
+def _gone(found: Sequence[windows.Span]) -> set[str]:
+    """Files of workers that were lost: they have no end, and the stage says so."""
+    return {f"requests/worker{worker}.arrow" for span in found for worker in span.lost}
 
 
 def _experiment_status(home: Path, asked: int, finished: int, void: int, damaged: Sequence[str]) -> tuple[Literal["complete", "interrupted"], str]:
     if damaged:
-        return "interrupted", f"The records are damaged: {', '.join(damaged)}; rows are missing."
+        more = f"`kilocopy run SPEC --resume {home.name} --again void` plays the levels again that are void for it."
+        return "interrupted", f"The records are damaged: {', '.join(damaged)}; rows are missing. {more}"
     if finished == asked:
         more = f", {void} of them void; `kilocopy run SPEC --resume {home.name} --again void` plays those again" if void else ""
         return "complete", f"Complete: {asked} of {asked} levels were played to their end{more}."
@@ -281,8 +289,7 @@ def _status(
     spoilt = ", ".join(f"{name} {said}" for name, said in damaged.items() if said == records.DAMAGED)
     count = f"{len(whole)} of {asked} {'stage' if asked == 1 else 'stages'} ran to the end"
     if ends and all(reason == "complete" for reason in ends) and len(whole) == asked:
-        lost = {worker for span in found for worker in span.lost}
-        gone = {f"requests/worker{worker}.arrow" for worker in lost}  # its file has no end, and the stage says so
+        gone = _gone(found)
         told = ", ".join(f"{name} {said}" for name, said in damaged.items() if name not in gone or said == records.DAMAGED)
         if told:
             return "interrupted", f"The run came to its end, but its records are damaged: {told}; rows are missing."

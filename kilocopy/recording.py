@@ -103,7 +103,7 @@ class Recording:
     end_s: float
     sent: dict[int, int] = field(default_factory=dict)  # requests of the run by worker, as each last counted them itself
     clocks: list[Offset] = field(default_factory=list)  # of processes that joined from elsewhere
-    broken: dict[str, str] = field(default_factory=dict)  # files of driver, servers and meters that are not whole
+    broken: dict[str, str] = field(default_factory=dict)  # files of events, driver, servers and meters that are not whole
     _last: dict[Place, Streams] = field(default_factory=dict, repr=False, compare=False)
     _courses: dict[Place, Course] = field(default_factory=dict, repr=False, compare=False)
 
@@ -140,10 +140,10 @@ class Recording:
 
 def load(run_dir: Path) -> Recording:
     """Read every whole record of a run directory. Missing kinds are empty, torn tails are ignored."""
-    events = records.read_events(run_dir)
+    broken: dict[str, str] = {}
+    events = records.read_events(run_dir, broken)
     clock = Clocks(events)
     rows = Rows(run_dir, clock.of_file)
-    broken: dict[str, str] = {}
     tables = {kind: _table(run_dir, kind, clock, broken) for kind in ("driver", "server", "energy")}  # texts and verdicts have no times
     shifted = [event | {"time_ns": int(event["time_ns"]) + clock.of_event(event)} for event in events]
     zero_ns = _zero_ns(shifted, rows)

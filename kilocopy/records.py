@@ -9,7 +9,7 @@
         texts/*.arrow        requests and answers as text, where workload.keep_texts asks for them
         energy/*.arrow       cumulative joules of each meter
         targets/*.json       where the metrics pages are, while it runs: workers, power meter, servers (Prometheus' file_sd)
-        summary.json, report.html
+        summary.json, report.html; *.before.*: those of the last report that called the run complete, where one does not any more
 
 Every process writes files of its own and flushes at least once a second, so a process killed at any moment loses at most that
 second; readers take every whole batch and ignore a torn tail. Times are `time.perf_counter_ns()` (CLOCK_MONOTONIC, one clock per
@@ -19,16 +19,16 @@ host); each file's schema metadata carries one anchor to the wall clock.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-UNREADABLE = (pa.ArrowInvalid, EOFError, OSError)  # what Arrow says of bytes that are no records
+UNREADABLE = (pa.ArrowException, EOFError, OSError)  # what Arrow says of bytes that are no records
 CUT_OFF, DAMAGED = "is cut off", "cannot be read to its end"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC: continuation marker, length 0
 
@@ -176,27 +176,27 @@ def batches(run_dir: Path, kind: str, broken: dict[str, str] | None = None) -> I
     `broken` is told what is wrong with a file that is not whole, by its name in the run (see `missing`).
     """
     for path in sorted((run_dir / kind).glob("*.arrow")):
-        with path.open("rb") as file:
-            try:
-                yield from pa.ipc.open_stream(file)
-                end = file.tell()
-            except UNREADABLE:
-                end = None
-        if broken is not None and (said := missing(path, end)):
+        said = CUT_OFF
+        with suppress(*UNREADABLE), pa.memory_map(str(path)) as file:  # of one size, though its writer may go on; none of an empty file
+            said = missing(file, None)
+            yield from pa.ipc.open_stream(file)
+            said = missing(file, file.tell())
+        if broken is not None and said:
             broken[f"{kind}/{path.name}"] = said
 
 
-def missing(path: Path, end: int | None) -> str:
-    """What a file lacks that was read up to here (None: up to an error): `is cut off`, DAMAGED, or nothing.
+def missing(file: pa.MemoryMappedFile, end: int | None) -> str:
+    """What a file lacks that was read up to here (None: an error ended that): CUT_OFF, DAMAGED, or nothing. Leaves the file where it was.
 
     A file that ends as a closed stream does was whole once; where reading it ended before, it was changed since. One without that end
-    had its writer killed, or was cut.
+    had its writer killed, was cut, or is still written.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(END_OF_STREAM)))
-        if file.read() != END_OF_STREAM:
-            return CUT_OFF
+    at, size = file.tell(), file.size()
+    file.seek(max(0, size - len(END_OF_STREAM)))
+    tail = file.read()
+    file.seek(at)
+    if tail != END_OF_STREAM:
+        return CUT_OFF
     return "" if end == size else DAMAGED
 
 
@@ -206,15 +206,20 @@ def read(run_dir: Path, kind: str) -> pa.Table:
     return pa.Table.from_batches([batch.replace_schema_metadata() for batch in batches(run_dir, kind)], schema)
 
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events in order of time; a torn last line is ignored."""
+def read_events(run_dir: Path, broken: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """All events in order of time; a torn last line is ignored, another that is no event is told to `broken` as `batches` does."""
     events = []
     for path in sorted((run_dir / "events").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, start=1):
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except json.JSONDecodeError:
-                continue
+                event = None
+            if isinstance(event, dict) and "event" in event and isinstance(event.get("time_ns"), int):
+                events.append(event)
+            elif number < len(lines) and broken is not None:
+                broken[f"events/{path.name}"] = DAMAGED
     return sorted(events, key=lambda event: event["time_ns"])
 
 

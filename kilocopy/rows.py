@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kilocopy.records import DAMAGED, OUTCOMES, REQUESTS, UNREADABLE, missing
+from kilocopy.records import CUT_OFF, DAMAGED, OUTCOMES, REQUESTS, UNREADABLE, missing
 from kilocopy.streams import Streams
 
 Place = tuple[int, int]  # stage, level
@@ -68,22 +69,20 @@ class Rows:
 
     def _indexed(self, path: Path, shift_of: Callable[[Any, int], int]) -> Iterator[tuple[pa.RecordBatch, _Batch]]:
         """Every whole batch of a file, its INDEXED columns alone; a torn tail ends the file."""
-        end = None
-        try:
-            with pa.memory_map(str(path)) as source:
-                schema = pa.ipc.open_stream(source).schema
-                source.seek(0)
-                fields = [schema.get_field_index(name) for name in INDEXED if name in schema.names]
-                stream = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
+        said = CUT_OFF
+        with suppress(*UNREADABLE), pa.memory_map(str(path)) as source:
+            said = missing(source, None)
+            schema = pa.ipc.open_stream(source).schema
+            source.seek(0)
+            fields = [schema.get_field_index(name) for name in INDEXED if name in schema.names]
+            stream = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
+            offset = source.tell()
+            for batch in stream:
+                last_ns = pc.max(batch.column("finished_ns")).as_py() or 0
+                yield batch, _Batch(path, schema, offset, shift_of(schema.metadata, last_ns))
                 offset = source.tell()
-                for batch in stream:
-                    last_ns = pc.max(batch.column("finished_ns")).as_py() or 0
-                    yield batch, _Batch(path, schema, offset, shift_of(schema.metadata, last_ns))
-                    offset = source.tell()
-                end = source.tell()
-        except UNREADABLE:
-            pass
-        if said := missing(path, end):
+            said = missing(source, source.tell())
+        if said:
             self.broken[_name(path)] = said
 
     @property
@@ -122,7 +121,9 @@ def _name(path: Path) -> str:
 def _read(where: _Batch) -> pa.RecordBatch:
     with pa.memory_map(str(where.path)) as source:
         source.seek(where.offset)
-        return pa.ipc.read_record_batch(pa.ipc.read_message(source), where.schema)
+        batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), where.schema)
+        batch.validate(full=True)
+        return batch
 
 
 def _kept(batch: pa.RecordBatch, places: Sequence[Place]) -> pa.Array | None:

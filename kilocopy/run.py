@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,25 +182,29 @@ def report(run_dir: Path, *, quiet: bool = False) -> Path:
     """Measure and price from the records, write summary.json and report.html, print the report; returns summary.json's path."""
     summary = summarise(run_dir)
     if summary.status == "interrupted":
-        _keep_whole(run_dir)
+        _keep_complete(run_dir)
     path = write(summary, run_dir)
     if not quiet:
         print_report(summary, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
     return path
 
 
-def _keep_whole(run_dir: Path) -> None:
-    """Put aside the report of a run that was complete when it was made and is not any more: its records were damaged since."""
+def _keep_complete(run_dir: Path) -> None:
+    """Keep a copy of the last report where it called the run complete and this one does not: its records were changed since. Raises ProblemError."""
     try:
         before = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        if before["status"] != "complete":
-            return
-        for made in (run_dir / "report.html", run_dir / "summary.json"):
-            if made.exists():
-                made.replace(made.with_stem(f"{made.stem}.whole"))
+        complete = before["status"] == "complete"
     except (OSError, ValueError, KeyError, TypeError):  # there was none, or none that says anything
         return
-    ERR.print(f"[red]report[/]  the records of {run_dir} were damaged since its last report, which is kept: {run_dir / 'summary.whole.json'}", highlight=False)
+    if not complete:
+        return
+    try:
+        for made in (run_dir / "report.html", run_dir / "summary.json"):
+            if made.exists():
+                shutil.copyfile(made, made.with_stem(f"{made.stem}.before"))
+    except OSError as error:
+        raise ProblemError(f"{run_dir}: its last report called it complete, and cannot be kept beside a new one ({error.strerror}); nothing was changed") from None
+    ERR.print(f"[red]report[/]  {run_dir}: its last report called it complete, and its records do not any more; that report is kept as summary.before.json and report.before.html", soft_wrap=True)
 
 
 def write(summary: Summary, run_dir: Path) -> Path:

@@ -166,11 +166,11 @@ class Recorder:
             self.sample()
             self.flush()
             self.closed = True
-            self.events.write("run_end", reason=reason, resent=self._reader.resent)
             self._requests.close()
             self._driver.close()
             if self._texts is not None:
                 self._texts.close()
+            self.events.write("run_end", reason=reason, resent=self._reader.resent)  # last: whoever reads it finds whole files
 
     def abandon(self) -> None:
         """Stop recording where recording itself failed; what was written stays."""

@@ -13,7 +13,7 @@ import pytest
 
 from kilocopy import fleet_plan, planning
 from kilocopy.fleet import Failure, Fleet, Load, Played, Replica
-from kilocopy.planning import Asked
+from kilocopy.planning import Asked, Deviation
 from kilocopy.problem import ProblemError
 from kilocopy.spec import LognormalLength, Spec, load
 from kilocopy.summaries import Finished
@@ -263,6 +263,17 @@ def test_long_answers_are_played_to_their_end() -> None:
     lengths = {"output_tokens": LognormalLength(kind="lognormal", median=55, sigma=1, min=1, max=4000)}
     outcome = planning.play(planning.fit(planning.levels(run)), spec.model_copy(update={"workload": spec.workload.model_copy(update=lengths)}), Asked(copies=40), 4)[0]
     assert outcome.attainment == 1
+
+
+def test_a_fit_that_does_not_give_its_own_stages_back_is_said_before_the_answer() -> None:
+    def stage(tokens_per_s: float, ttft_s: float) -> Deviation:
+        return Deviation(load="closed, 8 copies", replicas=1, tokens_per_s=100, tokens_per_s_predicted=tokens_per_s, ttft_p50_s=0.1, ttft_p50_s_predicted=ttft_s)
+
+    assert fleet_plan.unfit([]) == fleet_plan.unfit([stage(109, 0.119), stage(91, 0.081)]) == []
+    [said] = fleet_plan.unfit([stage(100, 0.1), stage(100, 0.2)])
+    assert said.startswith("NOT TO BE RELIED ON: played again, 1 of the 2 stages")
+    assert "(closed, 8 copies: throughput +0%, TTFT p50 +100%)" in said
+    assert fleet_plan.unfit([stage(80, 0.1)])
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import resource
+import select
 import shutil
 import socket
 import ssl
@@ -613,6 +614,44 @@ def test_times_are_true_at_20_streams(reader: Reader) -> None:
         pytest.fail(f"late by {np.median(late_ms):.1f} ms (median), {np.percentile(late_ms, 95):.1f} ms (p95) in the last of three")
     ttft_ms = [(answer.times_ns[0] - stream.sent_ns) / 1e6 for _, _, stream, answer in answered]
     assert min(ttft_ms) >= 100
+
+
+@pytest.mark.skipif(drain.built() is None, reason="there is no compiled reader here")
+@pytest.mark.timeout(30)
+def test_events_that_gather_are_all_read_and_stamped_in_order() -> None:
+    """The pass that waits, which a driver under load is in nearly always: four sockets whose chunks come thick, and then none."""
+    part = drain.built()
+    assert part is not None
+    poll, pairs = select.epoll(), [_socket.socketpair() for _ in range(4)]
+    lines = part.Drain(poll.fileno())
+    for _, ours in pairs:
+        ours.setblocking(False)
+        poll.register(ours.fileno(), 1)
+        assert lines.begin(ours.fileno(), b"", 0, 2**20, 2**20) == drain.ON
+
+    def send() -> None:
+        for _ in range(300):
+            for theirs, _ in pairs:
+                theirs.send(b"3\r\nabc\r\n")
+            time.sleep(0.0001)
+
+    sending, begun_ns, passes, events = threading.Thread(target=send), time.perf_counter_ns(), 0, 0
+    sending.start()
+    while poll.poll(0.05) or sending.is_alive():
+        count, ns, seen = lines.drain(1_000_000)
+        assert begun_ns <= ns <= time.perf_counter_ns()
+        assert seen == []
+        passes, events = passes + 1, events + count
+    sending.join()
+    for _, ours in pairs:
+        pieces, stamps, _, rest = lines.take(ours.fileno())
+        assert b"".join(pieces) == b"abc" * 300
+        assert rest == []
+        times_ns = np.frombuffer(stamps, dtype=np.int64)
+        assert len(times_ns) == len(pieces)
+        assert (np.diff(times_ns) >= 0).all()
+        assert begun_ns <= times_ns[0] <= times_ns[-1] <= time.perf_counter_ns()
+    assert passes < events  # it waited for more, and did not give the hub a turn for each
 
 
 # --- silences ---
