@@ -113,7 +113,7 @@ def _failure(best: Outcome, after: Outcome | None, node: int) -> list[str]:
 def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
     worst = checked or own
     if not worst:
-        return "and held against nothing: no stage of the run is of a load that can be replayed."
+        return "held against nothing: no stage of the run is of a load that can be replayed."
     which = "the run given with --against" if checked else "its own stages, played again (how well the fit fits, and no validation),"
     return f"against {which} throughput is off by {percent(max(abs(one.throughput) for one in worst))} at most, TTFT p50 by {percent(max(abs(one.ttft) for one in worst))}."
 
