@@ -290,7 +290,7 @@ def plan_command(
     burstiness: Annotated[float, typer.Option("--burstiness", min=0.01, help="Of the requests: 1 is Poisson, below 1 comes in bursts.")] = 1,
     node: Annotated[int, typer.Option("--node", min=0, help="Replicas on a node, which die together; 0 lets none die.")] = 1,
     most: Annotated[int, typer.Option("--most", min=1, help="Replicas at which the search gives up.")] = 10_000,
-    random_router: Annotated[bool, typer.Option("--random-router", help="A router that does not look at load.")] = False,
+    router: Annotated[Literal["round_robin", "two_choices", "random"] | None, typer.Option("--router", help="How requests are dealt; as Serve does for the spec's routing, where it is not given.")] = None,
     against: Annotated[list[Path] | None, typer.Option("--against", help="A run on several replicas of the same spec: how far the simulation is off. May be repeated, for repeats of it.")] = None,
     seed: int = 0,
     html: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("plan.html"),
@@ -300,7 +300,7 @@ def plan_command(
     from kilocopy import fleet_plan
     from kilocopy.planning import Asked
 
-    asked = Asked(copies=copies, rate_per_s=rate, burstiness=burstiness, router="random" if random_router else "two_choices", seed=seed)
+    asked = Asked(copies=copies, rate_per_s=rate, burstiness=burstiness, router=router, seed=seed)
     fleet_plan.command(run_dirs, asked, against=against or [], node=node, most=most, html=html, as_json=as_json)
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kilocopy.streams import Floats, Ints
+from kilocopy.streams import Floats, Ints, Mask
 
-Router = Literal["two_choices", "random"]
+Router = Literal["round_robin", "two_choices", "random"]
 QUANTILES = 64
 OVERLOADED = 4  # times what all replicas can run at once, and a thousand: a queue of that length does not end
 GROWN = 4096
@@ -51,13 +51,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Played:
-    """Every request that was asked: when, its tokens, its first and last token (NaN: none came before the end), and its replica."""
+    """Every request that was asked: when, its tokens, its first and last token (NaN: none came before the end), its replica, and
+    whether that was full, so that it waited for another to end."""
 
     asked_s: Floats
     tokens: Ints
     first_s: Floats
     last_s: Floats
     replica: Ints
+    full: Mask
     overloaded: bool
     steps: int
 
@@ -67,7 +69,7 @@ class _Requests:
 
     def __init__(self) -> None:
         self.count = 0
-        self.columns: dict[str, npt.NDArray[np.float64]] = {name: np.zeros(GROWN) for name in ("asked", "ready", "tokens", "replica", "step")}
+        self.columns: dict[str, npt.NDArray[np.float64]] = {name: np.zeros(GROWN) for name in ("asked", "ready", "tokens", "replica", "step", "full")}
 
     def add(self, **values: Floats) -> Ints:
         """Append as many as each value has; returns their numbers."""
@@ -77,6 +79,7 @@ class _Requests:
         for name, value in values.items():
             self.columns[name][self.count : self.count + more] = value
         self.columns["step"][self.count : self.count + more] = -1
+        self.columns["full"][self.count : self.count + more] = 0
         self.count += more
         return np.arange(self.count - more, self.count)
 
@@ -84,9 +87,10 @@ class _Requests:
 class Fleet:
     """The simulation's state; `play` runs it once."""
 
-    def __init__(self, replica: Replica, replicas: int, load: Load, *, router: Router = "two_choices", failure: Failure | None = None, seed: int = 0) -> None:
+    def __init__(self, replica: Replica, replicas: int, load: Load, *, router: Router = "round_robin", failure: Failure | None = None, seed: int = 0) -> None:
         self.replica, self.load, self.router, self.failure = replica, load, router, failure
         self.draw = np.random.default_rng(seed)
+        self.turn = int(self.draw.integers(replicas))  # of a router that deals in turn
         self.slice_s = 0.99 * float(replica.step_s[1:].min())
         self.alive = np.arange(replicas)
         self.running, self.in_flight = np.zeros(replicas, np.int64), np.zeros(replicas, np.int64)
@@ -109,13 +113,12 @@ class Fleet:
                 pending = np.sort(np.concatenate([pending, self._fail(self.failure.replicas)]))
             until = int(np.searchsorted(arrivals_s, end_s)) if len(arrivals_s) else 0
             due = int(np.searchsorted(pending, end_s))
-            asked_s = np.concatenate([arrivals_s[at:until], pending[:due]])
+            edges_s, ended_s = self._end(end_s)
+            asked_s = np.concatenate([arrivals_s[at:until], pending[:due], ended_s if self.load.copies else ended_s[:0]])
             at, pending = until, pending[due:]
             if len(asked_s):
-                self._ask(number, asked_s)
-            ended_s = self._advance(number, end_s)
-            if self.load.copies and len(ended_s):
-                pending = np.sort(np.concatenate([pending, ended_s]))
+                self._ask(number, np.sort(asked_s))
+            self._begin(number, edges_s)
             if len(self.waiting) > OVERLOADED * self.replica.limit * len(self.running) + 1000:
                 overloaded = True
                 break
@@ -133,61 +136,71 @@ class Fleet:
     def _ask(self, number: int, asked_s: Floats) -> None:
         """Route what was asked in this slice, and work out when it reaches its engine's queue."""
         count = len(asked_s)
-        chosen = self.alive[self.draw.integers(len(self.alive), size=count)]
-        if self.router == "two_choices" and len(self.alive) > 1:
-            other = self.alive[self.draw.integers(len(self.alive), size=count)]
-            chosen = np.where(self.in_flight[other] < self.in_flight[chosen], other, chosen)
+        chosen = self._chosen(count)
         np.add.at(self.in_flight, chosen, 1)
         load = np.minimum(self.in_flight[chosen], len(self.replica.before_s) - 1)
         ready_s = asked_s + self.replica.before_s[load, self.draw.integers(self.replica.before_s.shape[1], size=count)]
         tokens = self.load.tokens[self.draw.integers(len(self.load.tokens), size=count)]
         numbers = self.requests.add(asked=asked_s, ready=ready_s, tokens=tokens.astype(np.float64), replica=chosen.astype(np.float64))
-        slices = np.maximum((ready_s / self.slice_s).astype(np.int64), number)  # a copy asks again in the slice after its stream ended
+        slices = np.maximum((ready_s / self.slice_s).astype(np.int64), number)  # a time on the edge may be rounded into the slice that is over
         for place in np.unique(slices):
             self.ready.setdefault(int(place), []).append(numbers[slices == place])
 
-    def _advance(self, number: int, end_s: float) -> Floats:
-        """End the steps that are due in this slice, admit what waits, begin the next ones; returns when requests ended."""
-        came = [self.waiting, *self.ready.pop(number, [])]
-        if len(came) > 1:
-            waiting = np.concatenate(came)
-            self.waiting = waiting[self.requests.columns["replica"][waiting] >= self.alive[0]]  # to a dead replica nothing comes
-        due = np.flatnonzero(self.due_s < end_s)
-        at_s = self.due_s[due]
-        ended = self._end(due, at_s)
-        edges_s = np.where(self.due_s < end_s, self.due_s, np.nan)
-        if len(self.waiting):
-            edges_s = self._wake(edges_s)
-            self._admit(edges_s)
-        begun = np.flatnonzero(~np.isnan(edges_s))
-        busy = self.running[begun] > 0
-        self.due_s[begun] = np.where(busy, edges_s[begun] + self.replica.step_s[self.running[begun]], np.inf)
-        return np.repeat(at_s, ended)
+    def _chosen(self, count: int) -> Ints:
+        """The replicas that the router deals so many requests to."""
+        among = len(self.alive)
+        if self.router == "round_robin":
+            self.turn += count
+            in_turn: Ints = self.alive[np.arange(self.turn - count, self.turn) % among]
+            return in_turn
+        places = self.draw.integers(among, size=count)
+        chosen: Ints = self.alive[places]
+        if self.router == "two_choices" and among > 1:
+            other = self.alive[(places + 1 + self.draw.integers(among - 1, size=count)) % among]  # never the same twice
+            chosen = np.where(self.in_flight[other] < self.in_flight[chosen], other, chosen)
+        return chosen
 
-    def _end(self, due: Ints, at_s: Floats) -> Ints:
-        """Close the steps of these replicas: note their times, take out who is done; returns how many were."""
+    def _end(self, end_s: float) -> tuple[Floats, Floats]:
+        """Close the steps that are due in this slice: note their times, take out who is done. Returns each replica's edge, NaN where
+        it has none, and when requests ended. No step begins and ends in one slice, so nothing that is asked in it has a part in them.
+        """
+        edges_s = np.where(self.due_s < end_s, self.due_s, np.nan)
+        due = np.flatnonzero(self.due_s < end_s)
         if not len(due):
-            return np.zeros(0, np.int64)
+            return edges_s, np.zeros(0)
         steps = self.step[due]
         if int(steps.max()) >= self.log.shape[1]:
             self.log = np.concatenate([self.log, np.full_like(self.log, np.nan)], axis=1)
-        self.log[due, steps] = at_s
+        self.log[due, steps] = edges_s[due]
         places = steps % self.ring.shape[1]
         ended = self.ring[due, places].astype(np.int64)
         self.ring[due, places] = 0
         self.running[due] -= ended
         self.in_flight[due] -= ended
         self.step[due] += 1
-        return ended
+        return edges_s, np.repeat(edges_s[due], ended)
+
+    def _begin(self, number: int, edges_s: Floats) -> None:
+        """Admit what waits at the edges of this slice, and begin the next steps."""
+        came = [self.waiting, *self.ready.pop(number, [])]
+        if len(came) > 1:
+            waiting = np.concatenate(came)
+            self.waiting = waiting[self.requests.columns["replica"][waiting] >= self.alive[0]]  # to a dead replica nothing comes
+        if len(self.waiting):
+            edges_s = self._wake(edges_s)
+            self._admit(edges_s)
+        begun = np.flatnonzero(~np.isnan(edges_s))
+        busy = self.running[begun] > 0
+        self.due_s[begun] = np.where(busy, edges_s[begun] + self.replica.step_s[self.running[begun]], np.inf)
 
     def _wake(self, edges_s: Floats) -> Floats:
-        """Idle replicas begin a step as soon as a request is ready."""
+        """Replicas with nothing to run begin a step as soon as a request is ready, and not before their last step ended."""
         owners = self.requests.columns["replica"][self.waiting].astype(np.int64)
-        idle = np.isinf(self.due_s[owners])
-        if idle.any():
+        empty = self.running[owners] == 0
+        if empty.any():
             first_s = np.full(len(edges_s), np.inf)
-            np.minimum.at(first_s, owners[idle], self.requests.columns["ready"][self.waiting[idle]])
-            edges_s = np.where(np.isfinite(first_s), first_s, edges_s)
+            np.minimum.at(first_s, owners[empty], self.requests.columns["ready"][self.waiting[empty]])
+            edges_s = np.where(np.isfinite(first_s), np.fmax(first_s, edges_s), edges_s)
         return edges_s
 
     def _admit(self, edges_s: Floats) -> None:
@@ -201,7 +214,9 @@ class Fleet:
         order = places[np.argsort(owners[places], kind="stable")]
         mine = owners[order]
         rank = np.arange(len(order)) - np.searchsorted(mine, mine)
-        order = order[rank < self.replica.limit - self.running[mine]]
+        fits = rank < self.replica.limit - self.running[mine]
+        columns["full"][self.waiting[order[~fits]]] = 1
+        order = order[fits]
         taken, mine = self.waiting[order], owners[order]
         columns["step"][taken] = self.step[mine]
         np.add.at(self.running, mine, 1)
@@ -223,4 +238,5 @@ class Fleet:
             known = (first >= 0) & (steps < width)
             return np.where(known, self.log[rows, np.clip(steps, 0, width - 1)], np.nan)
 
-        return Played(asked_s, tokens.astype(np.int64), at(first), at(last), rows, overloaded, int(self.step.sum()))
+        full = self.requests.columns["full"][:count] > 0
+        return Played(asked_s, tokens.astype(np.int64), at(first), at(last), rows, full, overloaded, int(self.step.sum()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from rich.console import Console
 
-from kilocopy import planning, price
+from kilocopy import planning, price, worth
 from kilocopy.figures import BLUE, GREY, ORANGE, Figure, dressed, log_ticks
 from kilocopy.planning import Asked, Bill, Deviation, Level, Outcome, Redrawn
 from kilocopy.problem import ProblemError
@@ -20,8 +20,14 @@ from kilocopy.sheet import Rows, Section, Sheet, print_sheet, write_sheet
 from kilocopy.spec import GpuReplica, Spec
 from kilocopy.summaries import read
 from kilocopy.summary import Frozen
+from kilocopy.worth import GOAL
 
-WITHIN = {"throughput": 0.10, "ttft": 0.20}
+ROUTERS = {
+    "round_robin": "deals to the replicas in turn, whatever each has to do",
+    "two_choices": "takes the less loaded of two replicas drawn at random, and knows every replica's streams at once",
+    "random": "draws a replica at random",
+}
+FULL = 0.01  # of the requests: from here on it is said that the fit ends too low
 
 
 def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node: int, most: int, html: Path, as_json: bool) -> None:
@@ -51,7 +57,7 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
         parts: dict[str, Sequence[Frozen]] = {"tried": tried, "redrawn": draws, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
         unreliable = unfit(own)
         told = {name: [one.model_dump() for one in part] for name, part in parts.items()}
-        print(json.dumps(told | {"unreliable": unreliable, "stored_validation": planning.stored(), "simulated": finished.summary.simulated}, indent=2))
+        print(json.dumps(told | {"unreliable": unreliable, "stored_validation": worth.stored().model_dump(), "simulated": finished.summary.simulated}, indent=2))
     else:
         print_sheet(page, Console(highlight=False))
     print(f"page: {html.resolve()}", file=sys.stderr)
@@ -65,6 +71,7 @@ def sheet(
     best = tried[-1]
     what = f"{asked.copies:,} copies at once" if asked.copies else f"{asked.rate_per_s:,g} requests/s"
     unit = "GPUs" if isinstance(spec.cluster.hardware, GpuReplica) else "hosts"
+    validation = worth.stored()
     answer = (
         f"{what} within the SLO: {best.replicas:,} replicas ({cost.devices:,g} {unit}), {band(cost.usd_per_h, money)} an hour"
         + (f", {band(cost.usd_per_page, money)} a page" if cost.usd_per_page else "")
@@ -73,25 +80,26 @@ def sheet(
     return Sheet(
         title="plan",
         headline=" ".join([*unfit(own), answer]),
-        notes=[_slo(spec), *_failure(best, after, node), *([] if checked else _validation())],
+        notes=[_slo(spec), *_failure(best, after, node), *_full(best, found), *([] if checked else worth.told(validation))],
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), sentences=draws_told(draws), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
             Section("One replica, as measured", table=_replica(found), sentences=_assumptions(spec, found, asked)),
-            Section("What the simulation is worth", sentences=_validation() if checked else [], table=_deviations(own, checked)),
+            Section("What the simulation is worth", sentences=worth.told(validation) if checked else [], table=_deviations(own, checked)),
+            Section("Attempts to hold it against real replicas", sentences=worth.settings(validation), table=worth.rows(validation)),
         ],
     )
 
 
 def unfit(own: list[Deviation]) -> list[str]:
     """Where the fit does not even give its own stages back, nothing that is simulated from it is worth planning with."""
-    off = [one for one in own if abs(one.throughput) > WITHIN["throughput"] or abs(one.ttft) > WITHIN["ttft"]]
+    off = [one for one in own if abs(one.throughput) > GOAL["throughput"] or abs(one.ttft) > GOAL["ttft"]]
     if not off:
         return []
     told = "; ".join(f"{one.load}: throughput {one.throughput:+.0%}, TTFT p50 {one.ttft:+.0%}" for one in off)
     return [
-        f"NOT TO BE RELIED ON: played again, {len(off)} of the {len(own)} stages that it was fitted on are off by more than {WITHIN['throughput']:.0%} in throughput "
-        f"or {WITHIN['ttft']:.0%} in TTFT p50 ({told}); measure one replica again, in longer stages, at more levels, on an idle host."
+        f"NOT TO BE RELIED ON: played again, {len(off)} of the {len(own)} stages that it was fitted on are off by more than {GOAL['throughput']:.0%} in throughput "
+        f"or {GOAL['ttft']:.0%} in TTFT p50 ({told}); measure one replica again, in longer stages, at more levels, on an idle host."
     ]
 
 
@@ -108,6 +116,16 @@ def _failure(best: Outcome, after: Outcome | None, node: int) -> list[str]:
     left = "the rest still hold the SLO" if after.held else "the rest miss the SLO until it is back"
     share = percent(after.attainment)
     return [f"When one node ({gone} replica{'s' if gone > 1 else ''}) dies: {after.lost:,} streams are cut off, and {left} ({share} of the streams asked after it)."]
+
+
+def _full(best: Outcome, found: list[Level]) -> list[str]:
+    """Where the fit's end, and not the fleet, makes requests wait."""
+    if best.full_fraction < FULL:
+        return []
+    return [
+        f"{percent(best.full_fraction)} of its streams waited since their replica held the {found[-1].copies} copies that were measured, and nothing is assumed beyond them: "
+        "where a replica can run more, measure higher levels, and the plan may need fewer replicas."
+    ]
 
 
 def _worth(own: list[Deviation], checked: list[Deviation]) -> str:
@@ -135,13 +153,13 @@ def _fleets(tried: list[Outcome], after: Outcome | None) -> Rows:
     def row(one: Outcome, name: str) -> list[str]:
         judged = "overloaded" if one.overloaded else "held" if one.held else "missed"
         return [name, judged, percent(one.attainment), number(one.in_flight), number(one.tokens_per_s), number(one.tokens_per_s_per_copy),
-                seconds(one.ttft_p50_s, one.ttft_p99_s), f"{one.requests:,}"]  # fmt: skip
+                seconds(one.ttft_p50_s, one.ttft_p99_s), percent(one.full_fraction), f"{one.requests:,}"]  # fmt: skip
 
     rows = [row(one, f"{one.replicas:,}") for one in sorted(tried, key=lambda one: one.replicas)]
     if after is not None:
         rows.append(row(after, f"{after.replicas:,} (a node died)"))
-    heads = ("replicas", "SLO", "attained", "in flight", "tokens/s", "per copy (p50)", "TTFT p50 / p99", "requests judged")
-    return Rows(heads, rows, words=2, note="An overloaded fleet's queue grew beyond any end, and its figures are of the time until then.")
+    heads = ("replicas", "SLO", "attained", "in flight", "tokens/s", "per copy (p50)", "TTFT p50 / p99", "found it full", "requests judged")
+    return Rows(heads, rows, words=2, note="Found it full: requests whose replica held as many copies as were measured, so that they waited. An overloaded fleet's queue grew beyond any end, and its figures are of the time until then.")
 
 
 def curve(tried: list[Outcome], spec: Spec) -> Figure:
@@ -181,13 +199,14 @@ def _replica(found: list[Level]) -> Rows:
 
 
 def _assumptions(spec: Spec, found: list[Level], asked: Asked) -> list[str]:
-    router = "the less loaded of two replicas drawn at random (Serve's default)" if asked.router == "two_choices" else "a replica drawn at random"
+    router, own = asked.router or planning.router_of(spec), planning.router_of(spec)
+    dealt = ROUTERS[router] + (f", as Serve does with routing: {spec.cluster.routing}" if router == own else f"; Serve's own with routing: {spec.cluster.routing} {ROUTERS[own]}")
     hardware = spec.cluster.hardware
     shares = [f"A replica takes {hardware.gpus_per_replica:g} of a GPU and was measured with a GPU to itself: those that share one will be slower than this plan."] if isinstance(hardware, GpuReplica) and hardware.gpus_per_replica < 1 else []
     return [
         *shares,
         f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
-        f"The router takes {router}, and knows every replica's streams at once. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
+        f"The router {dealt}. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
         "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",
         "Table, curve, bill and the death of a node are of one draw of the load; above 100 replicas their number is found to 1 %.",
         "Lengths are drawn as the spec asks; where answers may end earlier (`ignore_eos: false`), the fleet is told too large.",
@@ -201,9 +220,6 @@ def _deviations(own: list[Deviation], checked: list[Deviation]) -> Rows:
          seconds(one.ttft_p50_s), seconds(one.ttft_p50_s_predicted), f"{100 * one.ttft:+.1f} %"]
         for one in [*checked, *own]
     ]  # fmt: skip
-    return Rows(("measured stage", "tokens/s", "simulated", "off", "TTFT p50", "simulated", "off"), rows, note="First the run given with --against, if any; then the fitted run's own stages.")
-
-
-def _validation() -> list[str]:
-    told = planning.stored()
-    return [str(told["sentence"])] if told.get("sentence") else ["It has not been held against a real fleet of more replicas; --against RUN does that with a run of yours."]
+    full = [f"At {one.load} {percent(one.full_fraction)} of the simulated requests found their replica full: fit on higher levels." for one in checked if one.full_fraction >= FULL]
+    note = " ".join(["First the run given with --against, if any; then the fitted run's own stages.", *full])
+    return Rows(("measured stage", "tokens/s", "simulated", "off", "TTFT p50", "simulated", "off"), rows, note=note)

@@ -8,11 +8,9 @@ printed with every plan.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -196,8 +194,14 @@ class Asked:
     copies: int = 0
     rate_per_s: float = 0.0
     burstiness: float = 1.0
-    router: Router = "two_choices"
+    router: Router | None = None  # None: the one that Serve takes for the spec's routing
     seed: int = 0
+
+
+def router_of(spec: Spec) -> Router:
+    """How Ray Serve deals where nobody configures it: with direct streaming in turn (`RoundRobinRouter`, which `ray.llm`'s builder
+    takes), behind its own proxy to the less loaded of two replicas drawn at random (`PowerOfTwoChoicesRequestRouter`)."""
+    return "round_robin" if spec.cluster.routing == "direct" else "two_choices"
 
 
 class Outcome(Frozen):
@@ -212,6 +216,7 @@ class Outcome(Frozen):
     attainment: float
     held: bool
     overloaded: bool
+    full_fraction: float  # of the requests: found their replica with as many as were measured, and waited
     requests: int
     lost: int = 0
 
@@ -229,7 +234,7 @@ def play(replica: Replica, spec: Spec, asked: Asked, replicas: int, failure: int
     until_s = warm_s + counted_s * (2 if failure else 1)
     times_s = arrivals(asked.rate_per_s, asked.burstiness, until_s, asked.seed) if asked.rate_per_s else np.zeros(0)
     fails = Failure(warm_s + counted_s, failure) if failure else None
-    fleet = Fleet(replica, replicas, Load(tokens, asked.copies, times_s), router=asked.router, failure=fails, seed=asked.seed)
+    fleet = Fleet(replica, replicas, Load(tokens, asked.copies, times_s), router=asked.router or router_of(spec), failure=fails, seed=asked.seed)
     played = fleet.play(until_s + longest_s)
     first = _outcome(spec, played, replicas, warm_s, warm_s + counted_s, lost=False)
     if not failure:
@@ -260,6 +265,7 @@ def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: f
         attainment=held,
         held=held >= slo.quantile and not played.overloaded,
         overloaded=played.overloaded,
+        full_fraction=float(played.full[mine].mean()) if mine.any() else 0.0,
         requests=int(mine.sum()),
         lost=cut,
     )
@@ -400,6 +406,7 @@ class Deviation(Frozen):
     tokens_per_s_predicted: float
     ttft_p50_s: float
     ttft_p50_s_predicted: float
+    full_fraction: float = 0.0  # as simulated, see Outcome
 
     @property
     def throughput(self) -> float:
@@ -414,7 +421,7 @@ class Deviation(Frozen):
 
 def deviations(replica: Replica, spec: Spec, run: Finished) -> list[Deviation]:
     """The stages of a run (of any number of replicas of the same spec) against the simulation of the fitted replica; of repeats the medians."""
-    replicas = known_spec(run).cluster.replicas
+    replicas, router = known_spec(run).cluster.replicas, router_of(known_spec(run))
     loads: dict[Asked, list[tuple[str, float, float]]] = {}
     for stage in run.summary.stages:
         asked = _asked(stage)
@@ -424,7 +431,7 @@ def deviations(replica: Replica, spec: Spec, run: Finished) -> list[Deviation]:
             loads.setdefault(asked, []).append((stage.title, stage.throughput.output_tokens_per_s.value, stage.latency.ttft_s.p50))
     found = []
     for asked, seen in loads.items():
-        outcome = play(replica, spec, asked, replicas)[0]
+        outcome = play(replica, spec, replace(asked, router=router), replicas)[0]
         if outcome.ttft_p50_s is not None:
             found.append(
                 Deviation(
@@ -434,6 +441,7 @@ def deviations(replica: Replica, spec: Spec, run: Finished) -> list[Deviation]:
                     tokens_per_s_predicted=outcome.tokens_per_s,
                     ttft_p50_s=median(ttft_s for _, _, ttft_s in seen),
                     ttft_p50_s_predicted=outcome.ttft_p50_s,
+                    full_fraction=outcome.full_fraction,
                 )
             )
     return found
@@ -445,8 +453,3 @@ def _asked(stage: Stage) -> Asked | None:
     if stage.kind == "poisson" and stage.rate and stage.rate.asked_per_s:
         return Asked(rate_per_s=stage.rate.asked_per_s)
     return None
-
-
-def stored() -> dict[str, Any]:
-    """What the simulation was worth when it was held against the real stack: the stages, the machine, the versions, the date."""
-    return dict(json.loads(resources.files("kilocopy").joinpath("plan_validation.json").read_text(encoding="utf-8")))

@@ -67,6 +67,9 @@ def read(stage: TraceStage, index: int = 0) -> tuple[npt.NDArray[np.float64], tu
     if not times_s:
         span = "" if stage.duration_s is None else f" and {stage.from_s + stage.duration_s:g} s"
         raise ProblemError(f"stages[{index}].path: {path}: no request after {stage.from_s:g} s{span}; change from_s or duration_s")
+    length_s = times_s[-1] if stage.duration_s is None else stage.duration_s / stage.speed
+    if stage.warmup_s and stage.warmup_s >= length_s:
+        raise ProblemError(f"stages[{index}].warmup_s: {stage.warmup_s:g} s, and the replay takes {length_s:.4g} s: nothing of it would be counted; give it less")
     return np.array(times_s), tuple(shapes)
 
 

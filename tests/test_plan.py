@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from kilocopy import fleet_plan, planning
-from kilocopy.fleet import Failure, Fleet, Load, Played, Replica
+from kilocopy import fleet_plan, planning, worth
+from kilocopy.fleet import Failure, Fleet, Load, Played, Replica, Router
 from kilocopy.planning import Asked, Deviation
 from kilocopy.problem import ProblemError
 from kilocopy.spec import LognormalLength, Spec, load
@@ -48,6 +50,51 @@ def test_a_closed_loop_keeps_its_cycle(copies: int, replicas: int) -> None:
     assert np.nanmedian((played.first_s - played.asked_s)[mine]) == pytest.approx(0.02 + (1.5 if copies > replicas else 1) * step_s, rel=0.25)
 
 
+def one_by_one(replica: Replica, played: Played, before_s: float) -> tuple[Any, Any, Any]:
+    """First and last tokens of what was dealt to each replica, and who found it full, worked out request by request and step by step, in no slices."""
+    first_s, last_s = np.full(len(played.asked_s), np.nan), np.full(len(played.asked_s), np.nan)
+    full = np.zeros(len(played.asked_s), np.bool_)
+    for owner in np.unique(played.replica):
+        waiting = [int(number) for number in np.flatnonzero(played.replica == owner)]
+        ready_s = {number: played.asked_s[number] + before_s for number in waiting}
+        running: dict[int, int] = {}
+        edge_s = 0.0
+        while waiting or running:
+            if not running:
+                edge_s = max(edge_s, ready_s[waiting[0]])
+            while waiting and ready_s[waiting[0]] <= edge_s and len(running) < replica.limit:
+                number = waiting.pop(0)
+                running[number] = int(played.tokens[number])
+            for number in waiting:
+                if ready_s[number] > edge_s:
+                    break
+                full[number] = True
+            edge_s += float(replica.step_s[len(running)])
+            for number in list(running):
+                first_s[number] = edge_s if np.isnan(first_s[number]) else first_s[number]
+                running[number] -= 1
+                if not running[number]:
+                    last_s[number] = edge_s
+                    del running[number]
+    return first_s, last_s, full
+
+
+@pytest.mark.parametrize("router", get_args(Router))
+@pytest.mark.parametrize(("copies", "rate_per_s", "lengths"), [(0, 3.0, [1]), (0, 120.0, [1, 3, 40]), (0, 60.0, [40, 200]), (1, 0.0, [7]), (9, 0.0, [1]), (40, 0.0, [1, 3, 40]), (90, 0.0, [40])])
+def test_slices_change_nothing(router: Router, copies: int, rate_per_s: float, lengths: list[int]) -> None:
+    """All replicas are moved on together in slices of time; each does just what it does alone, from idle to full."""
+    replica = made(limit=16, before_s=0.005)
+    times_s = planning.arrivals(rate_per_s, 1.0, 20, seed=8) if rate_per_s else np.zeros(0)
+    played = Fleet(replica, 4, Load(np.array(lengths), copies=copies, arrivals_s=times_s), router=router).play(20)
+    first_s, last_s, full = one_by_one(replica, played, 0.005)
+    for mine, true in ((played.first_s, first_s), (played.last_s, last_s)):
+        assert (np.isfinite(mine) | (true > 20 - 0.1)).all()
+        assert mine[np.isfinite(mine)] == pytest.approx(true[np.isfinite(mine)], abs=1e-9)
+    begun = np.isfinite(played.first_s)
+    assert (played.full[begun] == full[begun]).all()
+    assert full.any() or copies != 90
+
+
 def test_steps_of_one_length_make_an_infinite_server() -> None:
     """Arrivals at rate r, each L steps of s: L x s x r in flight on average (Little), and a token a step, whatever the batch."""
     replica = made(limit=400, slope_s=0.0, before_s=0.0)
@@ -70,14 +117,55 @@ def test_the_queue_of_a_replica_that_runs_one_at_a_time_is_m_d_1() -> None:
     assert wait_s.mean() == pytest.approx(rho * service_s / (2 * (1 - rho)), rel=0.1)
 
 
-def test_two_choices_beat_a_random_router() -> None:
-    waits = {}
-    for router in ("two_choices", "random"):
-        times_s = planning.arrivals(0.85 * 20 / 0.1, 1.0, 60, seed=4)
-        replica = Replica(np.array([0.1, 0.1]), np.zeros((2, 1)), 1)
-        played = Fleet(replica, 20, Load(np.array([1]), arrivals_s=times_s), router=router).play(60)  # type: ignore[arg-type]
-        waits[router] = float((played.first_s - played.asked_s)[inside(played, 10, 55)].mean())
-    assert waits["two_choices"] < 0.75 * waits["random"]
+ROUTERS: tuple[Router, ...] = get_args(Router)
+
+
+def waits_s(router: Router, lengths: list[int], rho: float, replicas: int = 20) -> float:
+    """Mean wait for one's turn at replicas that run one request at a time, in steps of 0.1 s, at a load of rho."""
+    replica, tokens = Replica(np.array([0.1, 0.1]), np.zeros((2, 1)), 1), np.array(lengths)
+    times_s = planning.arrivals(rho * replicas / (0.1 * tokens.mean()), 1.0, 300, seed=4)
+    played = Fleet(replica, replicas, Load(tokens, arrivals_s=times_s), router=router).play(300)
+    return float(np.nanmean((played.first_s - played.asked_s - 0.1)[inside(played, 30, 250)]))
+
+
+def test_routers_wait_as_queueing_theory_says_of_equal_requests() -> None:
+    """Drawn at random each replica is M/D/1 (Pollaczek-Khinchine); in turn its arrivals are Erlang-20, with hardly a wait at all."""
+    rho = 0.85
+    waits = {router: waits_s(router, [1], rho) for router in ROUTERS}
+    assert waits["random"] == pytest.approx(rho * 0.1 / (2 * (1 - rho)), rel=0.1)
+    assert waits["round_robin"] < 0.1 * waits["random"]
+    assert waits["round_robin"] < waits["two_choices"] < 0.5 * waits["random"]
+
+
+def test_a_router_that_looks_at_the_load_gains_where_requests_differ() -> None:
+    """One answer in ten is long: dealing in turn puts others behind it, taking the less loaded of two seldom does."""
+    waits = {router: waits_s(router, [1] * 9 + [31], 0.7) for router in ROUTERS}
+    assert waits["two_choices"] < 0.6 * waits["round_robin"] < 0.6 * waits["random"]
+
+
+def test_in_turn_is_in_turn() -> None:
+    """Also over a slice's end, and past the replicas that died."""
+    times_s = np.sort(np.random.default_rng(2).uniform(0, 20, 999))
+    played = Fleet(made(), 3, Load(np.array([5]), arrivals_s=times_s), failure=Failure(10.0, 1)).play(25)
+    before, after = (played.replica[mask] for mask in (played.asked_s < 9.9, played.asked_s > 10.1))
+    assert set(np.diff(before) % 3) == {1}
+    assert set(after) == {1, 2}
+    assert set(np.abs(np.diff(after))) == {1}
+
+
+def test_the_router_that_is_simulated_is_the_one_that_serve_takes() -> None:
+    """Ray's own words, read and not run, since its builder imports all of vLLM: what it takes for direct streaming, and what any deployment has."""
+    (home,) = importlib.util.find_spec("ray").submodule_search_locations  # type: ignore[union-attr, misc]
+    builder, constants = (Path(home, *name.split("/")).read_text(encoding="utf-8") for name in ("llm/_internal/serve/core/ingress/builder.py", "serve/_private/constants.py"))
+    direct = re.search(r"request_router_class=(\w+)", builder)
+    proxy = re.search(r"DEFAULT_REQUEST_ROUTER_PATH = \(?\s*\"[\w.]+:(\w+)\"", constants)
+    assert direct, "Ray's builder says it in another way now"
+    assert proxy, "Serve's constants say it in another way now"
+    simulated = {"RoundRobinRouter": "round_robin", "PowerOfTwoChoicesRequestRouter": "two_choices"}
+    for routing, taken in (("direct", direct), ("proxy", proxy)):
+        tree = synthetic.spec((1,))
+        tree["cluster"]["routing"] = routing
+        assert planning.router_of(Spec.model_validate(tree)) == simulated[taken[1]]
 
 
 def test_a_dead_node_answers_nothing_more() -> None:
@@ -291,3 +379,39 @@ def test_the_command_line(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / "one" / "summary.json").read_text()) | {"simulated": "SIMULATED ENGINE: no model ran."}
     (tmp_path / "one" / "summary.json").write_text(json.dumps(tree))
     assert kilocopy("plan", "one", "--rate", "40", cwd=tmp_path).stdout.startswith("SIMULATED ENGINE: no model ran. 40 requests/s within the SLO: ")
+
+
+def attempt(name: str, *loads: Deviation, **more: Any) -> worth.Attempt:
+    told = {"date": "2026-11-01", "engines": "real", "setting": "two hosts", "fitted_on": "1 to 8 copies", "rounds": 3, "valid": 9, "played": 12, "router": "round_robin"}
+    return worth.Attempt.model_validate(told | {"name": name, "loads": loads} | more)
+
+
+def held(load: str, throughput: float, ttft: float) -> Deviation:
+    return Deviation(load=load, replicas=2, tokens_per_s=100, tokens_per_s_predicted=100 * (1 + throughput), ttft_p50_s=0.1, ttft_p50_s_predicted=0.1 * (1 + ttft))
+
+
+def test_what_the_simulation_was_worth_is_told_from_the_figures() -> None:
+    good, bad = attempt("good", held("4 copies", -0.09, 0.19), held("8 copies", 0.02, -0.19)), attempt("bad", held("4 copies", 0.11, 0.05), router="two_choices")
+    timed = attempt("timed", held("4 copies", 0, 0), engines="timed")
+    both = worth.Validation(hardware="A host.", versions={}, attempts=(bad, good, timed))
+    (said,) = worth.told(both)
+    assert "at 4 copies, 8 copies throughput was off by -9 %, +2 %, TTFT p50 by +19 %, -19 %" in said
+    assert "9 of 12 stages valid" in said
+    assert "was met at every load" in said
+    assert "In 1 attempt before it 1 of 2 figures were" in said
+    (said,) = worth.told(both.model_copy(update={"attempts": (good, bad)}))
+    assert "1 of 2 figures are within the goal" in said
+    assert "every load" not in said
+    assert worth.told(both.model_copy(update={"attempts": (timed,)})) == ["It has not been held against a real fleet of more replicas; --against RUN does that with a run of yours."]
+    assert [row[4] for row in worth.rows(both).rows] == ["+11.0 %", "-9.0 %", "+2.0 %", "+0.0 %"]
+    assert "the less loaded of two, where the real one dealt in turn" in worth.settings(both)[0]
+    assert "dealt" not in worth.settings(both)[1]
+
+
+def test_every_attempt_that_is_stored_has_its_figures_in_the_measurements() -> None:
+    """Whoever reads a plan finds there how each was made."""
+    text = (Path(__file__).parent.parent / "docs" / "measurements.md").read_text(encoding="utf-8")
+    for one in worth.stored().attempts:
+        for seen in one.loads:
+            row = f"| {seen.load} | {seen.tokens_per_s:,.0f} | {seen.tokens_per_s_predicted:,.0f} |"
+            assert row in text, f"{one.date}, {one.name}: {row}"

@@ -100,3 +100,9 @@ def test_a_missing_trace_names_its_key(tmp_path: Path) -> None:
 def test_an_empty_part_says_how_to_mend_it(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="no request after 100 s and 160 s; change from_s or duration_s"):
         traces.read(stage(tmp_path / "t.csv", AZURE, from_s=100, duration_s=60))
+
+
+@pytest.mark.parametrize("more", [{"warmup_s": 3600}, {"warmup_s": 5, "duration_s": 10, "speed": 2}])
+def test_a_warm_up_that_leaves_nothing_to_count_is_refused(tmp_path: Path, more: dict[str, float]) -> None:
+    with pytest.raises(ProblemError, match=r"stages\[0\]\.warmup_s: \d+ s, and the replay takes .* nothing of it would be counted"):
+        traces.read(stage(tmp_path / "t.csv", AZURE, **more))
