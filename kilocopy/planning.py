@@ -277,7 +277,7 @@ def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: f
 def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outcome]:
     """Fleets that were tried, the answer last: the fewest replicas that hold the load within the SLO. Raises ProblemError.
 
-    The number is bracketed by doubling from what throughput alone needs, then halved to one replica (1 % for more than 100).
+    The number is bracketed upwards or downwards from what throughput alone needs (of copies: from a place for each), then halved to one replica (1 % for more than 100).
     """
     tokens = float(lengths(spec, asked.seed).mean())
     n = np.arange(1, replica.limit + 1)
@@ -285,6 +285,8 @@ def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outc
     least = asked.rate_per_s * tokens / peak if asked.rate_per_s else asked.copies / replica.limit
     low, tried = 0, []
     high = max(1, math.ceil(least))
+    if asked.copies:
+        high = min(high, most)  # copies wait for each other: where the SLO lets some miss it, fewer may do
     if high > most:
         raise ProblemError(f"throughput alone needs {high} replicas for this load, above --most {most}; raise it, or lower the load")
     while not (outcome := play(replica, spec, asked, high)[0]).held:
@@ -296,6 +298,11 @@ def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outc
                 "raise --most, lower the load, or see whether one copy alone is within the SLO"
             )
     tried.append(outcome)
+    down = max(1, high // 16)
+    while low == 0 and high > down:  # in growing strides: a fleet far too small costs the most to play, and says the least
+        outcome = play(replica, spec, asked, high - down)[0]
+        tried.append(outcome)
+        low, high, down = (low, high - down, 2 * down) if outcome.held else (high - down, high, down)
     while high - low > max(1, high // 100):
         middle = (low + high) // 2
         outcome = play(replica, spec, asked, middle)[0]

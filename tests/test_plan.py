@@ -271,6 +271,20 @@ def test_the_smallest_fleet_is_the_smallest() -> None:
         planning.smallest(fitted, strict, Asked(rate_per_s=10), 2)
 
 
+def test_fewer_replicas_than_a_place_for_each_copy_may_do() -> None:
+    """Where the SLO lets some of the streams wait, the search goes below, also where --most forbids a place for each."""
+    run = measured(made(), (1, 4, 16, 48))
+    spec, fitted = planning.known_spec(run), planning.fit(planning.levels(run))
+    easy = spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": 5, "quantile": 0.5, "tokens_per_s_per_copy": 1})})
+    found = planning.smallest(fitted, easy, Asked(copies=480), 100)
+    assert found[-1].held
+    assert found[-1].replicas < 480 / 48
+    assert found[-1].full_fraction > 0.1
+    assert planning.smallest(fitted, easy, Asked(copies=480), 9)[-1].replicas == found[-1].replicas
+    with pytest.raises(ProblemError, match="no fleet of up to 1 replicas holds this load"):
+        planning.smallest(fitted, spec, Asked(copies=480), 1)
+
+
 def test_whether_a_draw_decides_is_told() -> None:
     """Far from the limit every draw agrees; where the SLO asks for just what this load's median draw makes, some do and some do not."""
     run = measured(made(), (1, 4, 16, 48))
