@@ -24,7 +24,7 @@ from kilocopy.worth import GOAL
 
 ROUTERS = {
     "round_robin": "deals to the replicas in turn, whatever each has to do",
-    "two_choices": "takes the less loaded of two replicas drawn at random, and knows every replica's streams at once",
+    "two_choices": "takes the less loaded of two replicas drawn at random, by their streams as of the last step",
     "random": "draws a replica at random",
 }
 FULL = 0.01  # of the requests: from here on it is said that the fit ends too low
@@ -57,7 +57,7 @@ def command(runs: Sequence[Path], asked: Asked, *, against: Sequence[Path], node
         parts: dict[str, Sequence[Frozen]] = {"tried": tried, "redrawn": draws, "bill": [cost], "after_failure": [after] if after else [], "refit": own, "against": checked}
         unreliable = unfit(own)
         told = {name: [one.model_dump() for one in part] for name, part in parts.items()}
-        print(json.dumps(told | {"unreliable": unreliable, "stored_validation": worth.stored().model_dump(), "simulated": finished.summary.simulated}, indent=2))
+        print(json.dumps(told | {"unreliable": unreliable, "router": asked.router or planning.router_of(spec), "stored_validation": worth.stored().model_dump(), "simulated": finished.summary.simulated}, indent=2))
     else:
         print_sheet(page, Console(highlight=False))
     print(f"page: {html.resolve()}", file=sys.stderr)
@@ -80,7 +80,7 @@ def sheet(
     return Sheet(
         title="plan",
         headline=" ".join([*unfit(own), answer]),
-        notes=[_slo(spec), *_failure(best, after, node), *_full(best, found), *([] if checked else worth.told(validation))],
+        notes=[_slo(spec), *_what_if(spec, asked), *_failure(best, after, node), *_full(tried, after, found), *([] if checked else worth.told(validation))],
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), sentences=draws_told(draws), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
@@ -118,13 +118,25 @@ def _failure(best: Outcome, after: Outcome | None, node: int) -> list[str]:
     return [f"When one node ({gone} replica{'s' if gone > 1 else ''}) dies: {after.lost:,} streams are cut off, and {left} ({share} of the streams asked after it)."]
 
 
-def _full(best: Outcome, found: list[Level]) -> list[str]:
-    """Where the fit's end, and not the fleet, makes requests wait."""
-    if best.full_fraction < FULL:
+def _what_if(spec: Spec, asked: Asked) -> list[str]:
+    """Where a router is simulated that Serve does not take, or that nothing was held against."""
+    own = planning.router_of(spec)
+    if asked.router not in {None, own}:
+        return [f"A what-if: this router {ROUTERS[asked.router or own]}; Serve's own {ROUTERS[own]}, and every deviation that is told here is of that one."]
+    return [] if own == "round_robin" else ["No fleet behind Serve's own proxy has been held against the simulation: the attempts below are of direct streaming."]
+
+
+def _full(tried: list[Outcome], after: Outcome | None, found: list[Level]) -> list[str]:
+    """Where the fit's end, and not the fleet, makes requests wait: in the answer, in the largest fleet that missed, or after a death."""
+    best = tried[-1]
+    missed = max((one for one in tried if not one.held and one.replicas < best.replicas), key=lambda one: one.replicas, default=None)
+    full = {one.replicas: one.full_fraction for one in (best, missed, after) if one is not None and one.full_fraction >= FULL}
+    if not full:
         return []
+    shares = ", ".join(f"{percent(share)} of the streams with {replicas:,} replica{'s' if replicas > 1 else ''}" for replicas, share in sorted(full.items(), reverse=True))
     return [
-        f"{percent(best.full_fraction)} of its streams waited since their replica held the {found[-1].copies} copies that were measured, and nothing is assumed beyond them: "
-        "where a replica can run more, measure higher levels, and the plan may need fewer replicas."
+        f"The fit ends too low for this plan: {shares} waited since theirs held the {found[-1].copies} copies that were measured, and nothing is assumed beyond them. "
+        "Where a replica can run more, measure higher levels; fewer replicas may do."
     ]
 
 
@@ -159,7 +171,7 @@ def _fleets(tried: list[Outcome], after: Outcome | None) -> Rows:
     if after is not None:
         rows.append(row(after, f"{after.replicas:,} (a node died)"))
     heads = ("replicas", "SLO", "attained", "in flight", "tokens/s", "per copy (p50)", "TTFT p50 / p99", "found it full", "requests judged")
-    return Rows(heads, rows, words=2, note="Found it full: requests whose replica held as many copies as were measured, so that they waited. An overloaded fleet's queue grew beyond any end, and its figures are of the time until then.")
+    return Rows(heads, rows, words=2, note="Found it full: requests whose replica held as many copies as were measured, so that they waited. An overloaded fleet's queue has no end, and its figures are of the time that was played.")
 
 
 def curve(tried: list[Outcome], spec: Spec) -> Figure:
@@ -207,6 +219,7 @@ def _assumptions(spec: Spec, found: list[Level], asked: Asked) -> list[str]:
         *shares,
         f"At most {found[-1].copies} requests run at once on a replica, as far as it was measured; more wait in its queue.",
         f"The router {dealt}. Replicas share nothing: neither cores, nor memory bandwidth, nor a proxy that saturates.",
+        "One router deals to all of them; several, each in its own turn, would deal less evenly.",
         "A dead node is left out at once. A real router notices seconds later, and what it sends there meanwhile fails; how many seconds, `docs/scaling.md` has measured.",
         "Table, curve, bill and the death of a node are of one draw of the load; above 100 replicas their number is found to 1 %.",
         "Lengths are drawn as the spec asks; where answers may end earlier (`ignore_eos: false`), the fleet is told too large.",
@@ -220,6 +233,6 @@ def _deviations(own: list[Deviation], checked: list[Deviation]) -> Rows:
          seconds(one.ttft_p50_s), seconds(one.ttft_p50_s_predicted), f"{100 * one.ttft:+.1f} %"]
         for one in [*checked, *own]
     ]  # fmt: skip
-    full = [f"At {one.load} {percent(one.full_fraction)} of the simulated requests found their replica full: fit on higher levels." for one in checked if one.full_fraction >= FULL]
+    full = [f"At {one.load} {percent(one.full_fraction)} of the simulated requests found their replica full: fit on higher levels." for one in checked if (one.full_fraction or 0) >= FULL]
     note = " ".join(["First the run given with --against, if any; then the fitted run's own stages.", *full])
     return Rows(("measured stage", "tokens/s", "simulated", "off", "TTFT p50", "simulated", "off"), rows, note=note)

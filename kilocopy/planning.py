@@ -236,13 +236,14 @@ def play(replica: Replica, spec: Spec, asked: Asked, replicas: int, failure: int
     fails = Failure(warm_s + counted_s, failure) if failure else None
     fleet = Fleet(replica, replicas, Load(tokens, asked.copies, times_s), router=asked.router or router_of(spec), failure=fails, seed=asked.seed)
     played = fleet.play(until_s + longest_s)
-    first = _outcome(spec, played, replicas, warm_s, warm_s + counted_s, lost=False)
+    needs = least(replica, asked, float(tokens.mean())) if asked.rate_per_s else 0.0  # below it a queue only grows, though not far enough in this time to be seen
+    first = _outcome(spec, played, replicas, warm_s, warm_s + counted_s, lost=False, beyond=replicas < needs)
     if not failure:
         return first, None
-    return first, _outcome(spec, played, replicas - failure, warm_s + counted_s, until_s, lost=True)
+    return first, _outcome(spec, played, replicas - failure, warm_s + counted_s, until_s, lost=True, beyond=replicas - failure < needs)
 
 
-def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: float, *, lost: bool) -> Outcome:
+def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: float, *, lost: bool, beyond: bool) -> Outcome:
     """The requests that were asked in a stretch, judged by the SLO; one without a last token missed it."""
     slo, mine = spec.slo, (played.asked_s >= start_s) & (played.asked_s < end_s)
     ttft_s = played.first_s - played.asked_s
@@ -263,8 +264,8 @@ def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: f
         tokens_per_s_per_copy=float(np.median(speed[ended & (played.tokens > 1)])) if (ended & (played.tokens > 1)).any() else None,
         in_flight=float(over.sum()) / (end_s - start_s),
         attainment=held,
-        held=held >= slo.quantile and not played.overloaded,
-        overloaded=played.overloaded,
+        held=held >= slo.quantile and not (played.overloaded or beyond),
+        overloaded=played.overloaded or beyond,
         full_fraction=float(played.full[mine].mean()) if mine.any() else 0.0,
         requests=int(mine.sum()),
         lost=cut,
@@ -274,17 +275,21 @@ def _outcome(spec: Spec, played: Played, replicas: int, start_s: float, end_s: f
 # ------------------------------------------------------------------------------------------------------------ how many replicas
 
 
+def least(replica: Replica, asked: Asked, tokens: float) -> float:
+    """Replicas that throughput alone needs for arrivals of so many tokens in the mean; of copies, those that have a place for each."""
+    if not asked.rate_per_s:
+        return asked.copies / replica.limit
+    return asked.rate_per_s * tokens / float((np.arange(1, replica.limit + 1) / replica.step_s[1:]).max())
+
+
 def smallest(replica: Replica, spec: Spec, asked: Asked, most: int) -> list[Outcome]:
     """Fleets that were tried, the answer last: the fewest replicas that hold the load within the SLO. Raises ProblemError.
 
-    The number is bracketed upwards or downwards from what throughput alone needs (of copies: from a place for each), then halved to one replica (1 % for more than 100).
+    It is looked for from what throughput alone needs (of copies: a place for each): upwards by half as many more, downwards in growing
+    strides, and then between what held and what missed, to one replica (1 % for more than 100).
     """
-    tokens = float(lengths(spec, asked.seed).mean())
-    n = np.arange(1, replica.limit + 1)
-    peak = float((n / replica.step_s[1:]).max())
-    least = asked.rate_per_s * tokens / peak if asked.rate_per_s else asked.copies / replica.limit
     low, tried = 0, []
-    high = max(1, math.ceil(least))
+    high = max(1, math.ceil(least(replica, asked, float(lengths(spec, asked.seed).mean()))))
     if asked.copies:
         high = min(high, most)  # copies wait for each other: where the SLO lets some miss it, fewer may do
     if high > most:
@@ -413,7 +418,7 @@ class Deviation(Frozen):
     tokens_per_s_predicted: float
     ttft_p50_s: float
     ttft_p50_s_predicted: float
-    full_fraction: float = 0.0  # as simulated, see Outcome
+    full_fraction: float | None = None  # as simulated, see Outcome; None: not kept
 
     @property
     def throughput(self) -> float:

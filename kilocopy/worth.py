@@ -1,7 +1,7 @@
 """What the simulated fleet was found to be worth: each attempt to hold it against replicas that ran, those that failed too.
 
 `plan_validation.json` has what was measured and what was simulated (docs/measurements.md says how); what is off, and whether that is
-within the goal, is worked out here, so that no sentence can say otherwise.
+within the goal, is worked out here, so that no sentence can say otherwise. Where the records are lost, both are as they were rounded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Attempt(Frozen):
     valid: int  # stages, of so many that were played
     played: int
     router: Router  # as it was simulated; the real one deals in turn
+    note: str = ""  # what else a reader must know of its figures
+    throughput_between: tuple[float, float] | None = None  # off at any load, rounds drawn anew, 95 %
+    ttft_between: tuple[float, float] | None = None
     loads: tuple[Deviation, ...]
 
 
@@ -62,12 +65,20 @@ def told(validation: Validation) -> list[str]:
     goal = f"the goal (throughput within {100 * GOAL['throughput']:.0f} %, TTFT p50 within {100 * GOAL['ttft']:.0f} %)"
     met = f"{goal} was met at every load" if within(last.loads) == 2 * len(last.loads) else f"{within(last.loads)} of {2 * len(last.loads)} figures are within {goal}"
     said = [
-        f"Held against two real replicas on {last.date} ({last.setting}; {last.rounds} rounds, {last.valid} of {last.played} stages valid): at {loads} throughput was off by {throughput}, TTFT p50 by {ttft}: {met}."
+        f"Held against two real replicas on {last.date} ({last.setting}; {last.rounds} rounds, {last.valid} of {last.played} stages valid): at {loads} throughput was off by {throughput}, TTFT p50 by {ttft}: {met}, by medians.{_doubt(last)}"
     ]
     if before:
         figures = sum(2 * len(one.loads) for one in before)
-        said.append(f"In {len(before)} attempt{'s' if len(before) > 1 else ''} before it {sum(within(one.loads) for one in before)} of {figures} figures were; all are in the table of attempts.")
+        said.append(f"In {len(before)} attempt{'s' if len(before) > 1 else ''} before it {sum(within(one.loads) for one in before)} of {figures} figures were within it; all are in the table of attempts.")
     return [" ".join(said)]
+
+
+def _doubt(one: Attempt) -> str:
+    """How far the rounds leave the figures open."""
+    if one.throughput_between is None or one.ttft_between is None:
+        return ""
+    throughput, ttft = (f"{100 * low:+.0f} to {100 * high:+.0f} %" for low, high in (one.throughput_between, one.ttft_between))
+    return f" With the rounds drawn anew (95 %) the loads lie within {throughput} and {ttft}."
 
 
 def rows(validation: Validation) -> Rows:
@@ -87,6 +98,6 @@ def settings(validation: Validation) -> list[str]:
 
     def line(one: Attempt) -> str:
         dealt = "" if one.router == "round_robin" else f" It was simulated with a router that takes {routers[one.router]}, where the real one dealt in turn."
-        return f"{one.date}, {one.name}: {one.setting}; fitted on {one.fitted_on}; {one.rounds} round{'s' if one.rounds > 1 else ''}, {one.valid} of {one.played} stages valid.{dealt}"
+        return f"{one.date}, {one.name}: {one.setting}; fitted on {one.fitted_on}; {one.rounds} round{'s' if one.rounds > 1 else ''}, {one.valid} of {one.played} stages valid.{dealt}{' ' * bool(one.note)}{one.note}"
 
     return [line(one) for one in validation.attempts]

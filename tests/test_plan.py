@@ -81,7 +81,7 @@ def one_by_one(replica: Replica, played: Played, before_s: float) -> tuple[Any, 
 
 @pytest.mark.parametrize("router", get_args(Router))
 @pytest.mark.parametrize(("copies", "rate_per_s", "lengths"), [(0, 3.0, [1]), (0, 120.0, [1, 3, 40]), (0, 60.0, [40, 200]), (1, 0.0, [7]), (9, 0.0, [1]), (40, 0.0, [1, 3, 40]), (90, 0.0, [40])])
-def test_slices_change_nothing(router: Router, copies: int, rate_per_s: float, lengths: list[int]) -> None:
+def test_what_a_replica_does_does_not_hang_on_slices(router: Router, copies: int, rate_per_s: float, lengths: list[int]) -> None:
     """All replicas are moved on together in slices of time; each does just what it does alone, from idle to full."""
     replica = made(limit=16, before_s=0.005)
     times_s = planning.arrivals(rate_per_s, 1.0, 20, seed=8) if rate_per_s else np.zeros(0)
@@ -293,7 +293,8 @@ def test_whether_a_draw_decides_is_told() -> None:
     tried = planning.smallest(fitted, spec, asked, 100)
     clear = planning.redrawn(fitted, spec, asked, tried)
     assert (clear[0].replicas, clear[0].held) == (tried[-1].replicas, planning.DRAWS)
-    assert clear[1].replicas == max(one.replicas for one in tried if not one.held)
+    below = max((one for one in tried if not one.held), key=lambda one: one.replicas)
+    assert [one.replicas for one in clear[1:]] == [] if below.overloaded else [below.replicas], "no draw mends a throughput that is too small"
     assert "the draw decides" not in fleet_plan.draws_told(clear)[0]
     played = [planning.play(fitted, spec, replace(asked, seed=seed), tried[-1].replicas)[0] for seed in range(1, planning.DRAWS + 1)]
     times = sorted(float(one.ttft_p99_s or 0) for one in played)
@@ -412,7 +413,7 @@ def test_what_the_simulation_was_worth_is_told_from_the_figures() -> None:
     assert "at 4 copies, 8 copies throughput was off by -9 %, +2 %, TTFT p50 by +19 %, -19 %" in said
     assert "9 of 12 stages valid" in said
     assert "was met at every load" in said
-    assert "In 1 attempt before it 1 of 2 figures were" in said
+    assert "In 1 attempt before it 1 of 2 figures were within it" in said
     (said,) = worth.told(both.model_copy(update={"attempts": (good, bad)}))
     assert "1 of 2 figures are within the goal" in said
     assert "every load" not in said
@@ -427,5 +428,9 @@ def test_every_attempt_that_is_stored_has_its_figures_in_the_measurements() -> N
     text = (Path(__file__).parent.parent / "docs" / "measurements.md").read_text(encoding="utf-8")
     for one in worth.stored().attempts:
         for seen in one.loads:
-            row = f"| {seen.load} | {seen.tokens_per_s:,.0f} | {seen.tokens_per_s_predicted:,.0f} |"
-            assert row in text, f"{one.date}, {one.name}: {row}"
+            before, after = (f"{1000 * value:.3g}" for value in (seen.ttft_p50_s, seen.ttft_p50_s_predicted))
+            row = f"| {seen.load} | {seen.tokens_per_s:,.0f} | {seen.tokens_per_s_predicted:,.0f} | OFF | {before} ms | {after} ms | OFF |"
+            said = [found.groups() for found in re.finditer(re.escape(row).replace("OFF", r"([-+][\d.]+) %").replace(r"50\ ms", r"50(?:\.0)?\ ms"), text)]
+            told = [(100 * seen.throughput, 100 * seen.ttft)]
+            slack = 1.1 if "lost" in one.note else 0.06  # points; worked out before they were rounded
+            assert [pair for pair in said if [float(value) for value in pair] == pytest.approx(told[0], abs=slack)], f"{one.date}, {one.name}: {row}: {said} {told}"
