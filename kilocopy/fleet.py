@@ -79,7 +79,6 @@ class _Requests:
         for name, value in values.items():
             self.columns[name][self.count : self.count + more] = value
         self.columns["step"][self.count : self.count + more] = -1
-        self.columns["full"][self.count : self.count + more] = 0
         self.count += more
         return np.arange(self.count - more, self.count)
 

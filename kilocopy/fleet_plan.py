@@ -80,7 +80,7 @@ def sheet(
     return Sheet(
         title="plan",
         headline=" ".join([*unfit(own), answer]),
-        notes=[_slo(spec), *_what_if(spec, asked), *_failure(best, after, node), *_full(tried, after, found), *([] if checked else worth.told(validation))],
+        notes=[_slo(spec), *what_if(spec, asked), *death(best, after, node), *too_low(tried, after, found), *([] if checked else worth.told(validation))],
         sections=[
             Section("Fleets that were tried", table=_fleets(tried, after), sentences=draws_told(draws), figures=[curve(tried, spec)]),
             Section("The bill", sentences=_bill(spec, cost, best)),
@@ -108,17 +108,18 @@ def _slo(spec: Spec) -> str:
     return f"SLO: {slo.tokens_per_s_per_copy:g} tokens/s each and TTFT <= {slo.ttft_s:g} s for {100 * slo.quantile:g} % of the streams; output lengths as the run's spec draws them."
 
 
-def _failure(best: Outcome, after: Outcome | None, node: int) -> list[str]:
+def death(best: Outcome, after: Outcome | None, node: int) -> list[str]:
+    """What one node's death does to the fleet that is the answer; `after` is None where nothing is left, or none is to die (node 0)."""
     if after is None:
         whole = "One replica" if best.replicas == 1 else f"All {best.replicas} replicas on one node (--node {node})"
         return [f"{whole}: when {'its node' if best.replicas == 1 else 'it'} dies, everything stops."] if node else []
     gone = best.replicas - after.replicas
-    left = "the rest still hold the SLO" if after.held else "the rest miss the SLO until it is back"
+    left = "the rest still hold the SLO" if after.held else "the rest cannot keep up, and their queue grows until it is back" if after.overloaded else "the rest miss the SLO until it is back"
     share = percent(after.attainment)
     return [f"When one node ({gone} replica{'s' if gone > 1 else ''}) dies: {after.lost:,} streams are cut off, and {left} ({share} of the streams asked after it)."]
 
 
-def _what_if(spec: Spec, asked: Asked) -> list[str]:
+def what_if(spec: Spec, asked: Asked) -> list[str]:
     """Where a router is simulated that Serve does not take, or that nothing was held against."""
     own = planning.router_of(spec)
     if asked.router not in {None, own}:
@@ -126,16 +127,19 @@ def _what_if(spec: Spec, asked: Asked) -> list[str]:
     return [] if own == "round_robin" else ["No fleet behind Serve's own proxy has been held against the simulation: the attempts below are of direct streaming."]
 
 
-def _full(tried: list[Outcome], after: Outcome | None, found: list[Level]) -> list[str]:
+def too_low(tried: list[Outcome], after: Outcome | None, found: list[Level]) -> list[str]:
     """Where the fit's end, and not the fleet, makes requests wait: in the answer, in the largest fleet that missed, or after a death."""
     best = tried[-1]
     missed = max((one for one in tried if not one.held and one.replicas < best.replicas), key=lambda one: one.replicas, default=None)
-    full = {one.replicas: one.full_fraction for one in (best, missed, after) if one is not None and one.full_fraction >= FULL}
-    if not full:
+    fleets = ((best, ""), (missed, ""), (after, " after a node died"))
+    shares = [
+        f"{percent(one.full_fraction)} of the streams with {one.replicas:,} replica{'s' if one.replicas > 1 else ''}{when}"
+        for one, when in fleets if one is not None and one.full_fraction >= FULL
+    ]  # fmt: skip
+    if not shares:
         return []
-    shares = ", ".join(f"{percent(share)} of the streams with {replicas:,} replica{'s' if replicas > 1 else ''}" for replicas, share in sorted(full.items(), reverse=True))
     return [
-        f"The fit ends too low for this plan: {shares} waited since theirs held the {found[-1].copies} copies that were measured, and nothing is assumed beyond them. "
+        f"The fit ends too low for this plan: {', '.join(shares)} waited since theirs held the {found[-1].copies} copies that were measured, and nothing is assumed beyond them. "
         "Where a replica can run more, measure higher levels; fewer replicas may do."
     ]
 

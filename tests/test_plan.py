@@ -271,6 +271,42 @@ def test_the_smallest_fleet_is_the_smallest() -> None:
         planning.smallest(fitted, strict, Asked(rate_per_s=10), 2)
 
 
+def test_a_rate_is_never_held_by_less_than_its_throughput() -> None:
+    """However long the SLO lets them wait: 3 % more arrive than two replicas make, and in the time that is played the queue is still short."""
+    run = measured(made(), (1, 4, 16, 48))
+    spec, fitted = planning.known_spec(run), planning.fit(planning.levels(run))
+    easy = spec.model_copy(update={"slo": spec.slo.model_copy(update={"ttft_s": 100, "tokens_per_s_per_copy": 0.1})})
+    asked = Asked(rate_per_s=74)
+    assert 2 < planning.least(fitted, asked, 40) < 2.1
+    tried = planning.smallest(fitted, easy, asked, 100)
+    assert tried[-1].replicas == 3
+    assert [one.overloaded for one in tried if one.replicas == 2] == [True]
+    alone = planning.redrawn(fitted, easy, asked, tried)
+    assert [one.replicas for one in alone] == [3], "no draw mends a throughput that is too small"
+    after = planning.play(fitted, easy, asked, 3, 1)[1]
+    assert after is not None
+    assert "cannot keep up" in fleet_plan.death(tried[-1], after, 1)[0]
+
+
+def test_a_fit_that_ends_too_low_is_told_of_each_fleet_that_it_bears_on() -> None:
+    run = measured(made(), (1, 4, 16, 48))
+    spec, found = planning.known_spec(run), planning.levels(run)
+    best = planning.play(planning.fit(found), spec, Asked(copies=100), 3)[0]
+    assert fleet_plan.too_low([best], None, found) == []
+    less, dead = best.model_copy(update={"replicas": 2, "held": False, "full_fraction": 0.2}), best.model_copy(update={"replicas": 2, "full_fraction": 0.3})
+    (said,) = fleet_plan.too_low([less, best], dead, found)
+    assert "20 % of the streams with 2 replicas, 30 % of the streams with 2 replicas after a node died waited" in said
+    assert "48 copies" in said
+
+
+def test_a_router_that_serve_does_not_take_is_called_a_what_if() -> None:
+    tree = synthetic.spec((1,))
+    direct, proxy = (Spec.model_validate(tree | {"cluster": tree["cluster"] | {"routing": routing}}) for routing in ("direct", "proxy"))
+    assert fleet_plan.what_if(direct, Asked(copies=1)) == fleet_plan.what_if(direct, Asked(copies=1, router="round_robin")) == []
+    assert fleet_plan.what_if(direct, Asked(copies=1, router="two_choices"))[0].startswith("A what-if: this router takes the less loaded of two")
+    assert fleet_plan.what_if(proxy, Asked(copies=1))[0].startswith("No fleet behind Serve's own proxy")
+
+
 def test_fewer_replicas_than_a_place_for_each_copy_may_do() -> None:
     """Where the SLO lets some of the streams wait, the search goes below, also where --most forbids a place for each."""
     run = measured(made(), (1, 4, 16, 48))
@@ -288,13 +324,14 @@ def test_fewer_replicas_than_a_place_for_each_copy_may_do() -> None:
 def test_whether_a_draw_decides_is_told() -> None:
     """Far from the limit every draw agrees; where the SLO asks for just what this load's median draw makes, some do and some do not."""
     run = measured(made(), (1, 4, 16, 48))
-    spec, fitted = planning.known_spec(run), planning.fit(planning.levels(run))
+    known, fitted = planning.known_spec(run), planning.fit(planning.levels(run))
+    spec = known.model_copy(update={"slo": known.slo.model_copy(update={"tokens_per_s_per_copy": 40})})  # so that speed decides, and not throughput
     asked = Asked(rate_per_s=90)
     tried = planning.smallest(fitted, spec, asked, 100)
     clear = planning.redrawn(fitted, spec, asked, tried)
     assert (clear[0].replicas, clear[0].held) == (tried[-1].replicas, planning.DRAWS)
-    below = max((one for one in tried if not one.held), key=lambda one: one.replicas)
-    assert [one.replicas for one in clear[1:]] == [] if below.overloaded else [below.replicas], "no draw mends a throughput that is too small"
+    assert clear[1].replicas == max(one.replicas for one in tried if not one.held)
+    assert clear[1].held == 0
     assert "the draw decides" not in fleet_plan.draws_told(clear)[0]
     played = [planning.play(fitted, spec, replace(asked, seed=seed), tried[-1].replicas)[0] for seed in range(1, planning.DRAWS + 1)]
     times = sorted(float(one.ttft_p99_s or 0) for one in played)
