@@ -237,6 +237,6 @@ def _deviations(own: list[Deviation], checked: list[Deviation]) -> Rows:
          seconds(one.ttft_p50_s), seconds(one.ttft_p50_s_predicted), f"{100 * one.ttft:+.1f} %"]
         for one in [*checked, *own]
     ]  # fmt: skip
-    full = [f"At {one.load} {percent(one.full_fraction)} of the simulated requests found their replica full: fit on higher levels." for one in checked if (one.full_fraction or 0) >= FULL]
+    full = [f"{one.load}: {percent(one.full_fraction)} of the simulated requests found their replica full; fit on higher levels." for one in checked if (one.full_fraction or 0) >= FULL]
     note = " ".join(["First the run given with --against, if any; then the fitted run's own stages.", *full])
     return Rows(("measured stage", "tokens/s", "simulated", "off", "TTFT p50", "simulated", "off"), rows, note=note)
